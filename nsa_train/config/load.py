@@ -1,0 +1,167 @@
+"""From command-line overrides to a checked `Config`: `load_config(["experiment=tiny", "attention=full"])`.
+
+Hydra composes the YAML, the dataclasses of `schema` say what is legal. Every unknown, missing and ill-typed key and
+every broken rule is reported at once. Recipes are data: no `_target_`, no resolver such as an environment look-up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from nsa_train.config import schema
+from nsa_train.errors import ConfigError
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+FILLED_BY_LOADER = ("experiment", "arm")
+GROUPS = ("model", "attention", "moe", "data", "optim", "schedule", "parallel", "trainer", "logging", "experiment")
+
+
+def load_config(overrides: Sequence[str] = ()) -> schema.Config:
+    """Compose `configs/` with Hydra overrides (`group=option`, `key.path=value`) into a checked Config.
+
+    Raises ConfigError with one line per problem.
+    """
+    tree, choices = _compose(list(overrides))
+    tree["experiment"], tree["arm"] = choices["experiment"], choices["attention"]
+    if tree.get("name") is None:
+        tree["name"] = f"{choices['experiment']}-{choices['attention']}"
+    return config_from_tree(tree)
+
+
+def config_from_tree(tree: dict[str, Any]) -> schema.Config:
+    """A checked Config from plain data, such as a run folder's config.yaml."""
+    problems: list[str] = []
+    config = _build(schema.Config, tree, "", problems)
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"  {line}" for line in problems))
+    return config
+
+
+def to_tree(config: object) -> dict[str, Any]:
+    """Plain data (dicts, lists, numbers, strings) of a config dataclass."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(dataclasses.asdict(config))  # type: ignore[call-overload]
+
+
+def to_yaml(config: schema.Config) -> str:
+    return yaml.safe_dump(to_tree(config), sort_keys=False)
+
+
+def options(group: str) -> list[str]:
+    """Names of the YAML files of a group."""
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+def _compose(overrides: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not CONFIG_DIR.is_dir():
+        raise ConfigError(f"{CONFIG_DIR} is missing; install from a checkout with `pip install -e .`")
+    problems = [line for text in overrides if (line := _bad_override(text))]
+    if problems:
+        raise ConfigError("wrong command-line override:\n" + "\n".join(f"  {line}" for line in problems))
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            cfg = compose("config", [_as_hydra(text) for text in overrides], return_hydra_config=True)
+        choices = dict(cfg.hydra.runtime.choices)
+        raw = OmegaConf.to_container(cfg, resolve=False)
+        resolvers = sorted(set(re.findall(r"\$\{[a-zA-Z_.]+:", str({k: v for k, v in raw.items() if k != "hydra"}))))
+        if resolvers:
+            raise ConfigError(f"{resolvers[0]}...}} is not allowed: recipes are data; write the value itself")
+        OmegaConf.set_struct(cfg, False)
+        cfg.pop("hydra")
+        return OmegaConf.to_container(cfg, resolve=True), choices
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()
+        raise ConfigError("the configuration does not compose: " + " ".join(reason[:4])) from error
+
+
+def _bad_override(text: str) -> str | None:
+    key, equals, value = text.partition("=")
+    if not equals:
+        return f"{text!r} is no key=value; see `nsa-train config` for all keys"
+    if text[0] in "+~-" or key.startswith("hydra") or "@" in key:
+        return f"{text!r}: only plain key=value is accepted"
+    if key in GROUPS and value not in options(key):
+        return f"{text}: no such option{_did_you_mean(value, options(key))}; there are {', '.join(options(key))}"
+    return None
+
+
+def _as_hydra(text: str) -> str:
+    """Group choices as they are; values with `++`, so that a misspelt key reaches our own check."""
+    return text if text.partition("=")[0] in GROUPS else f"++{text}"
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _build(cls: type, tree: Any, place: str, problems: list[str]) -> Any:
+    """An instance of the dataclass `cls`; what does not fit is appended to `problems`."""
+    if not isinstance(tree, dict):
+        problems.append(f"{place or 'the configuration'}={tree!r} must be a group of keys")
+        return None
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            known = [k for k in hints if k not in FILLED_BY_LOADER]
+            problems.append(f"{place}{key}: no such key{_did_you_mean(str(key), known) or '; see `nsa-train config`'}")
+    values: dict[str, Any] = {}
+    for key, kind in hints.items():
+        if key not in tree:
+            problems.append(f"{place}{key}: missing")
+        elif dataclasses.is_dataclass(kind):
+            values[key] = _build(kind, tree[key], f"{place}{key}.", problems)  # type: ignore[arg-type]
+        else:
+            try:
+                values[key] = _convert(kind, tree[key])
+            except TypeError as error:
+                problems.append(f"{place}{key}={tree[key]!r} must be {error}")
+    if len(values) < len(hints) or any(value is None and dataclasses.is_dataclass(hints[k]) for k, value in values.items()):
+        return None
+    section = cls(**values)
+    problems += [f"{place}{line}" for line in section.problems()]
+    return section
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    """`value` as `kind`, or TypeError saying what was wanted."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value)
+    if origin is Literal:
+        if value not in args or isinstance(value, bool):
+            raise TypeError("one of " + ", ".join(map(str, args)) + _did_you_mean(str(value), args))
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError("a list")
+        return tuple(_convert(args[0], item) for item in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError({int: "an integer", float: "a number", bool: "true or false", str: "text"}[kind])
+    if kind is float and value != value:
+        raise TypeError("a finite number")
+    return value

@@ -1,0 +1,281 @@
+"""What every key in configs/ means: its name, its type, and the rules between keys.
+
+No field has a default. Values live in the YAML files, and nowhere else. `problems()` lists breaches as
+`key: what is wrong; what to do`; the loader shows the breaches of the whole tree in one report.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Branch = Literal["cmp", "slc", "win", "full"]
+BRANCH_LISTS = (("full",), ("win",), ("cmp", "slc", "win"))
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def _not_positive(section: object, *keys: str) -> list[str]:
+    return [f"{key}={getattr(section, key)} must be positive" for key in keys if getattr(section, key) <= 0]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The transformer around attention and experts."""
+
+    vocab: int  # tokenizer's size and rows of the embedding
+    layers: int
+    width: int  # M
+    heads: int  # Hq, query heads
+    kv_heads: int  # Hk, each serves heads // kv_heads query heads
+    key_dim: int  # D
+    value_dim: int  # Dv
+    dense_layers: int  # first layers whose MLP is dense; the others are mixtures of experts
+    rope_theta: float
+    norm_eps: float
+    tied_embeddings: bool
+    init_std: float
+
+    def problems(self) -> list[str]:
+        found = _not_positive(self, "vocab", "layers", "width", "heads", "kv_heads", "key_dim", "value_dim")
+        found += _not_positive(self, "rope_theta", "norm_eps", "init_std")
+        if self.kv_heads > 0 and self.heads % self.kv_heads:
+            found.append(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
+        if self.key_dim % 2:
+            found.append(f"key_dim={self.key_dim} must be even: RoPE rotates pairs")
+        if self.vocab < 300:
+            found.append(f"vocab={self.vocab} leaves no room beside 256 byte pieces; use at least 300")
+        if not 0 <= self.dense_layers <= self.layers:
+            found.append(f"dense_layers={self.dense_layers} must lie between 0 and layers={self.layers}")
+        return found
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """One attention layer. Letters in brackets are the paper's (arXiv 2502.11089).
+
+    Arms of a comparison differ in `branches`, `gate`, `phi`, `shared_kv` and `selection` only.
+    """
+
+    branches: tuple[Branch, ...]  # [full] is the FlashAttention baseline, [cmp, slc, win] is NSA
+    gate: bool  # sigmoid gate per query head and branch
+    phi: Literal["mlp", "linear", "gated_pool", "mean"]  # how a block becomes one compressed key or value
+    shared_kv: bool  # one K/V projection for all branches instead of one each
+    selection: Literal["topn", "random", "none"]  # how the free blocks are chosen; none: forced blocks only
+    cmp_block: int  # [l]   tokens pooled into one compressed key
+    cmp_stride: int  # [d]   tokens from one compressed key to the next
+    slc_block: int  # [l']  tokens in one selectable block
+    slc_count: int  # [n]   blocks a query reads, forced ones included
+    slc_init: int  # forced: first blocks of the document
+    slc_local: int  # forced: last blocks up to the query's own
+    window: int  # [w]   tokens the sliding window sees, the query's own included
+
+    def problems(self) -> list[str]:
+        sizes = ("cmp_block", "cmp_stride", "slc_block", "slc_count", "slc_local", "window")
+        found = _not_positive(self, *sizes)
+        if self.slc_init < 0:
+            found.append(f"slc_init={self.slc_init} must not be negative")
+        if self.branches not in BRANCH_LISTS:
+            choices = " or ".join("[" + ",".join(names) + "]" for names in BRANCH_LISTS)
+            found.append(f"branches=[{','.join(self.branches)}] is not trainable; use {choices}")
+        if len(self.branches) > 1 and not self.gate:
+            found.append("gate=false needs a single branch: several are summed by their gates")
+        if self.cmp_stride > 0 and self.cmp_block % self.cmp_stride:
+            found.append(f"cmp_stride={self.cmp_stride} must divide cmp_block={self.cmp_block}")
+        if self.cmp_stride > 0 and self.slc_block % self.cmp_stride:
+            found.append(f"cmp_stride={self.cmp_stride} must divide slc_block={self.slc_block}")
+        if self.slc_count < self.slc_init + self.slc_local:
+            found.append(
+                f"slc_count={self.slc_count} is less than the forced blocks slc_init + slc_local = "
+                f"{self.slc_init + self.slc_local}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """The mixture of experts that replaces the MLP behind the dense layers."""
+
+    experts: int  # E, routed
+    shared: int  # experts that every token visits
+    top_k: int  # K, routed experts per token
+    expert_width: int  # F
+    router: Literal["sigmoid", "softmax"]
+    normalise: bool  # the K weights of a token sum to routed_scale
+    routed_scale: float
+    bias_rate: float  # step of the loss-free balancing bias; 0 switches it off
+    aux_weight: float  # weight of the balance loss per document; 0 switches it off
+
+    def problems(self) -> list[str]:
+        found = _not_positive(self, "experts", "top_k", "expert_width", "routed_scale")
+        found += [f"{k}={getattr(self, k)} must not be negative" for k in ("shared", "bias_rate", "aux_weight")
+                  if getattr(self, k) < 0]  # fmt: skip
+        if self.top_k > self.experts:
+            found.append(f"top_k={self.top_k} must lie between 1 and experts={self.experts}")
+        return found
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes packed rows."""
+
+    source: Literal["stdlib", "files"]  # the interpreter's own library, or `paths`
+    name: str  # what the prepared corpus is called
+    root: str  # folder under which `paths` and `heldout_paths` lie
+    paths: tuple[str, ...]  # .jsonl, .jsonl.zst, .parquet, text files, or folders of them
+    heldout_paths: tuple[str, ...]  # empty: a share of the documents is held out
+    heldout_share: float  # of the documents, chosen by a hash of their text
+    text_field: str  # of a jsonl or parquet record
+    prepared_dir: str  # tokenised corpora and their tokenizers
+    tokenizer: str | None  # a SentencePiece .model file; null: trained on the corpus
+    tokenizer_kind: Literal["bpe", "unigram"]
+    tokenizer_sample_mb: int  # text that the tokenizer is trained on
+    max_documents: int  # in one packed row
+
+    def problems(self) -> list[str]:
+        found = _not_positive(self, "tokenizer_sample_mb", "max_documents")
+        if not SAFE_NAME.fullmatch(self.name):
+            found.append(f"name={self.name!r} may hold letters, digits and . _ - only")
+        if self.source == "files" and not self.paths:
+            found.append("paths is empty; name files or folders under data.root, like data.paths=[books.jsonl.zst]")
+        if not self.heldout_paths and not 0 < self.heldout_share < 1:
+            found.append(f"heldout_share={self.heldout_share} must lie between 0 and 1")
+        root = Path(self.root).resolve()
+        for path in (*self.paths, *self.heldout_paths):
+            if not (root / path).resolve().is_relative_to(root):
+                found.append(f"paths: {path} leaves data.root={self.root}; set data.root to the folder that holds it")
+        return found
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW. Matrices decay; vectors (norms, biases) and embeddings do not."""
+
+    lr: float  # peak
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    clip: float  # global gradient norm; 0 switches it off
+
+    def problems(self) -> list[str]:
+        found = _not_positive(self, "lr", "eps")
+        found += [f"{k}={getattr(self, k)} must lie in [0, 1)" for k in ("beta1", "beta2")
+                  if not 0 <= getattr(self, k) < 1]  # fmt: skip
+        found += [f"{k}={getattr(self, k)} must not be negative" for k in ("weight_decay", "clip")
+                  if getattr(self, k) < 0]  # fmt: skip
+        return found
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over steps: linear warm-up, then cosine, or stable and linear decay (WSD)."""
+
+    kind: Literal["cosine", "wsd"]
+    warmup_steps: int
+    decay_share: float  # wsd: share of all steps spent in the final decay
+    final_share: float  # last learning rate as a share of the peak
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.warmup_steps < 0:
+            found.append(f"warmup_steps={self.warmup_steps} must not be negative")
+        if not 0 < self.decay_share <= 1:
+            found.append(f"decay_share={self.decay_share} must lie in (0, 1]")
+        if not 0 <= self.final_share <= 1:
+            found.append(f"final_share={self.final_share} must lie in [0, 1]")
+        return found
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """What DeepSpeed shards, and how ranks talk."""
+
+    zero_stage: int  # 1 or 2; 2 also shards gradients and sums them in fp32
+    reduce_dtype: Literal["fp32", "bf16"]  # gradients between ranks
+    timeout_s: int  # a collective that takes longer ends the job
+
+    def problems(self) -> list[str]:
+        found = _not_positive(self, "timeout_s")
+        if self.zero_stage not in (1, 2):
+            found.append(f"zero_stage={self.zero_stage} must be 1 or 2")
+        return found
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Length, batch and habits of a run. A row is a packed sequence of seq_len tokens."""
+
+    steps: int
+    seq_len: int  # tokens in a row
+    batch_rows: int  # rows in a step, over all ranks
+    micro_rows: int  # rows in one forward pass of one rank, at most
+    dtype: Literal["auto", "bf16", "fp32"]  # auto: bf16 on a GPU, fp32 on a CPU
+    activation_checkpointing: bool
+    loss_chunk_tokens: int  # logits exist for so many tokens at once
+    log_every: int
+    val_every: int
+    val_rows: int  # held-out rows in a validation, at most
+    checkpoint_every: int
+    keep_checkpoints: int
+    max_bad_steps: int  # non-finite steps in a row that stop the run
+    export: bool  # write export/ (Hugging Face safetensors) at the end
+
+    def problems(self) -> list[str]:
+        return _not_positive(
+            self, "steps", "seq_len", "batch_rows", "micro_rows", "loss_chunk_tokens", "log_every", "val_every",
+            "val_rows", "checkpoint_every", "keep_checkpoints", "max_bad_steps",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Weights & Biases. metrics.jsonl and the console are always on."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"]  # auto: online with a key, else offline
+    project: str
+    group: str | None  # null: the experiment's name
+    tags: tuple[str, ...]  # beside the attention arm
+
+    def problems(self) -> list[str]:
+        return []
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole tree. `experiment` and `arm` are the chosen options of their groups; the loader fills them in."""
+
+    experiment: str
+    arm: str
+    name: str  # of the run and its folder; null in YAML: <experiment>-<attention>
+    runs_dir: str
+    seed: int
+    model: ModelConfig
+    attention: AttentionConfig
+    moe: MoEConfig
+    data: DataConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    parallel: ParallelConfig
+    trainer: TrainerConfig
+    logging: LoggingConfig
+
+    def problems(self) -> list[str]:
+        found = []
+        if not SAFE_NAME.fullmatch(self.name):
+            found.append(f"name={self.name!r} may hold letters, digits and . _ - only")
+        if self.seed < 0:
+            found.append(f"seed={self.seed} must not be negative")
+        if self.schedule.warmup_steps >= self.trainer.steps:
+            found.append(
+                f"schedule.warmup_steps={self.schedule.warmup_steps} must be less than "
+                f"trainer.steps={self.trainer.steps}"
+            )
+        if self.parallel.zero_stage == 1 and self.trainer.dtype == "bf16":
+            found.append("parallel.zero_stage=1 sums bf16 gradients in bf16; use parallel.zero_stage=2")
+        return found
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name

@@ -1,0 +1,49 @@
+"""`Packing`: where the documents lie in a packed sequence of T tokens.
+
+Everything below the loader works on packed tokens `[T, ...]` and never on a batch dimension. The loader builds one
+Packing per micro-batch on the CPU, so nobody has to ask the device how long a document is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Document bounds of T packed tokens.
+
+    cu_seqlens  [N + 1]  int32, bounds 0 ... T; equal bounds at the end are empty documents (they keep N fixed)
+    positions   [T]      int32, place of each token inside its document
+    lengths              the same bounds as Python numbers, without the empty documents
+    """
+
+    cu_seqlens: torch.Tensor
+    positions: torch.Tensor
+    lengths: tuple[int, ...]
+
+    @staticmethod
+    def from_lengths(lengths: Sequence[int], documents: int | None = None) -> Packing:
+        """Documents of the given lengths, one behind the other; `documents` pads the bounds to a fixed number."""
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"document lengths must be positive, got {list(lengths)}")
+        documents = documents or len(lengths)
+        if documents < len(lengths):
+            raise ValueError(f"{len(lengths)} documents do not fit the fixed number {documents}")
+        sizes = torch.tensor(list(lengths) + [0] * (documents - len(lengths)), dtype=torch.int32)
+        cu_seqlens = torch.zeros(documents + 1, dtype=torch.int32)
+        cu_seqlens[1:] = torch.cumsum(sizes, 0)
+        positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths])
+        return Packing(cu_seqlens, positions, tuple(int(n) for n in lengths))
+
+    @property
+    def tokens(self) -> int:
+        return self.positions.numel()
+
+    def to(self, device: torch.device | str) -> Packing:
+        return Packing(
+            self.cu_seqlens.to(device, non_blocking=True), self.positions.to(device, non_blocking=True), self.lengths
+        )

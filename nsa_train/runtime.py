@@ -1,0 +1,132 @@
+"""The process and its machine: rank, device, seeds, numeric type, console. The only reader of environment variables."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("nsa_train")
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launch_alone() -> None:
+    """Without a launcher (plain `python -m nsa_train train`) become a group of one process."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def device() -> torch.device:
+    """This rank's GPU, else the CPU (also where DeepSpeed was told to use the CPU)."""
+    import torch
+
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") != "cpu":
+        return torch.device("cuda", local_rank())
+    return torch.device("cpu")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """`auto` is bf16 on a GPU and fp32 on a CPU."""
+    import torch
+
+    if name == "auto":
+        return torch.bfloat16 if device().type == "cuda" else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def seed_of(*keys: object) -> int:
+    """A 63-bit seed that depends on every key and on nothing else."""
+    digest = hashlib.sha256("|".join(str(key) for key in keys).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of this rank (Python, NumPy, torch)."""
+    import random
+
+    import numpy
+    import torch
+
+    value = seed_of(seed, "rank", rank())
+    random.seed(value)
+    numpy.random.seed(value % 2**32)
+    torch.manual_seed(value)
+
+
+def wandb_key_present() -> bool:
+    """A key in the environment, or one that `wandb login` left in the netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    return netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="replace")
+
+
+def wandb_mode(setting: str) -> str:
+    """The mode for `logging.wandb`: `auto` is online with a key and offline without; WANDB_MODE overrides `auto`."""
+    if setting != "auto":
+        return setting
+    return os.environ.get("WANDB_MODE") or ("online" if wandb_key_present() else "offline")
+
+
+def fault_point(name: str) -> None:
+    """Die here, hard, if the environment says so: how tests interrupt a run in the middle of a checkpoint.
+
+    NSA_TRAIN_KILL_AT=<name> kills this process with SIGKILL at the first point of that name.
+    """
+    if os.environ.get("NSA_TRAIN_KILL_AT") == name:
+        os.kill(os.getpid(), 9)
+
+
+def setup_console() -> None:
+    """Our own lines at INFO on rank 0; other libraries and other ranks only when something is wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    log.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree, with `-dirty` when it has changes; None outside a git checkout."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a result."""
+    from importlib import metadata
+
+    found = {"python": sys.version.split()[0]}
+    for package in ("nsa_train", "torch", "triton", "deepspeed", "transformers", "numpy", "sentencepiece", "wandb"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "missing"
+    return found
