@@ -173,14 +173,14 @@ class ScheduleConfig:
     """Learning rate over steps: linear warm-up, then cosine, or stable and linear decay (WSD)."""
 
     kind: Literal["cosine", "wsd"]
-    warmup_steps: int
+    warmup_share: float  # of all steps
     decay_share: float  # wsd: share of all steps spent in the final decay
     final_share: float  # last learning rate as a share of the peak
 
     def problems(self) -> list[str]:
         found = []
-        if self.warmup_steps < 0:
-            found.append(f"warmup_steps={self.warmup_steps} must not be negative")
+        if not 0 <= self.warmup_share < 1:
+            found.append(f"warmup_share={self.warmup_share} must lie in [0, 1)")
         if not 0 < self.decay_share <= 1:
             found.append(f"decay_share={self.decay_share} must lie in (0, 1]")
         if not 0 <= self.final_share <= 1:
@@ -267,11 +267,6 @@ class Config:
             found.append(f"name={self.name!r} may hold letters, digits and . _ - only")
         if self.seed < 0:
             found.append(f"seed={self.seed} must not be negative")
-        if self.schedule.warmup_steps >= self.trainer.steps:
-            found.append(
-                f"schedule.warmup_steps={self.schedule.warmup_steps} must be less than "
-                f"trainer.steps={self.trainer.steps}"
-            )
         if self.parallel.zero_stage == 1 and self.trainer.dtype == "bf16":
             found.append("parallel.zero_stage=1 sums bf16 gradients in bf16; use parallel.zero_stage=2")
         return found

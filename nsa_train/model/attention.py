@@ -1,0 +1,115 @@
+"""Attention: one q and o projection, optional gates, and a list of branches. Full attention is the list [full]."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nsa_train.config.schema import AttentionConfig, ModelConfig
+from nsa_train.model.branches import PHI, KeyValue, kv_name, spec_of
+from nsa_train.model.layers import apply_rope
+from nsa_train.ops import reference
+from nsa_train.ops.dense import dense_attention
+from nsa_train.ops.nsa import nsa_attention
+from nsa_train.ops.statistics import selection_statistics
+from nsa_train.packing import Packing
+
+Angles = tuple[Tensor, Tensor]
+KV = tuple[Tensor, Tensor]
+Probe = dict[str, Any]  # "gates": {branch: mean}, "selection": {statistic: value}
+PROBED_TOKENS = 2048  # of the first document: enough for statistics, and quadratic
+
+
+class Attention(nn.Module):
+    """[T, M] -> [T, M], documents kept apart by `packing`."""
+
+    def __init__(self, model: ModelConfig, attention: AttentionConfig) -> None:
+        super().__init__()
+        self.config = attention
+        self.heads, self.key_dim = model.heads, model.key_dim
+        self.spec = spec_of(attention)
+        self.q = nn.Linear(model.width, model.heads * model.key_dim, bias=False)
+        self.kv = nn.ModuleDict({kv_name(branch, attention): KeyValue(model) for branch in attention.branches})
+        if "cmp" in attention.branches:
+            phi = PHI[attention.phi]
+            self.phi_k = phi(attention.cmp_block, model.key_dim)
+            self.phi_v = phi(attention.cmp_block, model.value_dim)
+        if attention.gate:
+            self.gate = nn.Linear(model.width, model.heads * len(attention.branches))
+        self.o = nn.Linear(model.heads * model.value_dim, model.width, bias=False)
+
+    def start(self) -> None:
+        """Set the parts whose initial values are not random: phi is mean pooling, gates are one half."""
+        if "cmp" in self.config.branches:
+            self.phi_k.start_as_mean()  # type: ignore[operator]
+            self.phi_v.start_as_mean()  # type: ignore[operator]
+        if self.config.gate:
+            nn.init.zeros_(self.gate.weight)
+            nn.init.zeros_(self.gate.bias)
+
+    def gates(self, x: Tensor) -> Tensor:
+        """Eq. 5's g: [T, Hq, branches], in the order of `branches`."""
+        return self.gate(x).sigmoid().unflatten(-1, (self.heads, -1))
+
+    def forward(self, x: Tensor, packing: Packing, angles: Angles, probe: Probe | None = None) -> Tensor:
+        """x [T, M] normed layer input -> [T, M]; a probe is filled with this layer's statistics."""
+        q = apply_rope(self.q(x).unflatten(-1, (self.heads, -1)), angles)
+        raw = {name: project(x) for name, project in self.kv.items()}
+        gates = self.gates(x) if self.config.gate else None
+        if probe is not None and gates is not None:
+            probe["gates"] = dict(zip(self.config.branches, gates.float().mean((0, 1)).tolist(), strict=True))
+        if len(self.config.branches) > 1:
+            o = self._sparse(q, raw, gates, packing, angles, probe)
+        else:
+            (branch,) = self.config.branches
+            k, v = raw[kv_name(branch, self.config)]
+            window = self.config.window if branch == "win" else None
+            o = dense_attention(q, apply_rope(k, angles), v, packing.lengths, window=window)
+            o = o if gates is None else o * gates
+        return self.o(o.flatten(1))
+
+    def _sparse(
+        self, q: Tensor, raw: dict[str, KV], gates: Tensor | None, packing: Packing, angles: Angles, probe: Probe | None
+    ) -> Tensor:
+        k_cmp, v_cmp = self._compressed(*raw[kv_name("cmp", self.config)], packing, angles)
+        k_slc, v_slc = raw[kv_name("slc", self.config)]
+        k_win, v_win = raw[kv_name("win", self.config)]
+        k_slc = apply_rope(k_slc, angles)
+        o, details = nsa_attention(
+            q, k_cmp, v_cmp, k_slc, v_slc, apply_rope(k_win, angles), v_win, gates, self.spec, packing.cu_seqlens,
+            blocks=self._chosen_blocks(packing, k_slc.shape[1]), return_details=True,
+        )  # fmt: skip
+        if probe is not None:
+            one = slice(0, min(packing.lengths[0], PROBED_TOKENS))
+            probe["selection"] = selection_statistics(q[one], k_slc[one], v_slc[one], details.blocks[one], self.spec)
+        return o
+
+    def _compressed(self, k: Tensor, v: Tensor, packing: Packing, angles: Angles) -> tuple[Tensor, Tensor]:
+        """Keys and values of all compression blocks; a key is rotated to its block's first position (eq. 7)."""
+        rows = len(k) // self.spec.cmp_stride
+        first = reference.compressed_blocks(
+            torch.arange(len(k), device=k.device)[:, None, None], packing.cu_seqlens, self.spec, rows
+        )[:, 0, 0, 0]  # packed index of each block's first token
+        k_cmp = self.phi_k(reference.compressed_blocks(k, packing.cu_seqlens, self.spec, rows))
+        v_cmp = self.phi_v(reference.compressed_blocks(v, packing.cu_seqlens, self.spec, rows))
+        return apply_rope(k_cmp, (angles[0][first], angles[1][first])), v_cmp
+
+    def _chosen_blocks(self, packing: Packing, Hk: int) -> Tensor | None:
+        """Blocks fixed in advance for the ablations of `selection`; None: the op picks the best (topn)."""
+        if self.config.selection == "topn":
+            return None
+        device, spec = packing.cu_seqlens.device, self.spec
+        forced = spec.slc_init + spec.slc_local
+        parts = []
+        for length in packing.lengths:
+            scores = reference.random_scores(length, Hk, spec, device)
+            if self.config.selection == "random":
+                parts.append(reference.select_blocks(scores, spec))
+            else:
+                only_forced = reference.select_blocks(scores, replace(spec, slc_count=forced))
+                parts.append(F.pad(only_forced, (0, spec.slc_count - forced), value=-1))
+        return torch.cat(parts)

@@ -1,0 +1,97 @@
+"""Key and value projections of the attention branches, and phi, which turns a block of tokens into one key or value."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nsa_train.config.schema import AttentionConfig, ModelConfig
+from nsa_train.ops import reference
+from nsa_train.ops.reference import NSASpec
+
+# Whose K/V a branch reads. `full` and `slc` carry the same name, so that the arms share initial values.
+OWN_KV = {"full": "token", "slc": "token", "cmp": "cmp", "win": "win"}
+
+
+def spec_of(attention: AttentionConfig) -> NSASpec:
+    return NSASpec(
+        attention.cmp_block, attention.cmp_stride, attention.slc_block, attention.slc_count,
+        attention.slc_init, attention.slc_local, attention.window,
+    )  # fmt: skip
+
+
+def kv_name(branch: str, attention: AttentionConfig) -> str:
+    return "token" if attention.shared_kv else OWN_KV[branch]
+
+
+class KeyValue(nn.Module):
+    """One K and one V projection: [T, M] -> [T, Hk, D], [T, Hk, Dv]."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.k = nn.Linear(model.width, model.kv_heads * model.key_dim, bias=False)
+        self.v = nn.Linear(model.width, model.kv_heads * model.value_dim, bias=False)
+        self.heads = model.kv_heads
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.k(x).unflatten(-1, (self.heads, -1)), self.v(x).unflatten(-1, (self.heads, -1))
+
+
+class MeanPhi(nn.Module):
+    def __init__(self, block: int, dim: int) -> None:
+        super().__init__()
+
+    def forward(self, blocks: Tensor) -> Tensor:
+        return reference.phi_mean(blocks)
+
+    def start_as_mean(self) -> None:
+        """Nothing to set."""
+
+
+class MLPPhi(nn.Module):
+    def __init__(self, block: int, dim: int) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.empty(dim, block * dim))
+        self.bias = nn.Parameter(torch.empty(dim))
+        self.w2 = nn.Parameter(torch.empty(dim, dim))
+
+    def forward(self, blocks: Tensor) -> Tensor:
+        return reference.phi_mlp(blocks, self.w1, self.bias, self.w2)
+
+    def start_as_mean(self) -> None:
+        """w1 keeps its random start: with w2 = 0 it does not show, and it is what w2 learns to read."""
+        nn.init.zeros_(self.bias)
+        nn.init.zeros_(self.w2)
+
+
+class LinearPhi(nn.Module):
+    def __init__(self, block: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, block * dim))
+        self.bias = nn.Parameter(torch.empty(dim))
+
+    def forward(self, blocks: Tensor) -> Tensor:
+        return reference.phi_linear(blocks, self.weight, self.bias)
+
+    @torch.no_grad()
+    def start_as_mean(self) -> None:
+        dim, inputs = self.weight.shape
+        self.weight.copy_(torch.eye(dim, device=self.weight.device).repeat(1, inputs // dim) * (dim / inputs))
+        nn.init.zeros_(self.bias)
+
+
+class GatedPoolPhi(nn.Module):
+    def __init__(self, block: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(block))
+
+    def forward(self, blocks: Tensor) -> Tensor:
+        return reference.phi_gated_pool(blocks, self.weight, self.bias)
+
+    def start_as_mean(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+PHI: dict[str, type[nn.Module]] = {"mlp": MLPPhi, "linear": LinearPhi, "gated_pool": GatedPoolPhi, "mean": MeanPhi}

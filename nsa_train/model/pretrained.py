@@ -1,0 +1,100 @@
+"""The same model as a `transformers` PreTrainedModel, so that a run's export opens with the Auto classes.
+
+    import nsa_train.model.pretrained
+    model = AutoModelForCausalLM.from_pretrained("runs/tiny-nsa/export")
+
+Import on demand: `transformers` costs seconds. Batches [B, S] are flattened to packed documents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from nsa_train.config.schema import AttentionConfig, ModelConfig, MoEConfig
+from nsa_train.model.transformer import Transformer
+from nsa_train.packing import Packing
+
+
+class NSATrainConfig(PretrainedConfig):
+    """The sections `model`, `attention` and `moe` of a run's configuration, as plain data."""
+
+    model_type = "nsa_train"
+
+    def __init__(
+        self,
+        model: dict[str, Any] | None = None,
+        attention: dict[str, Any] | None = None,
+        moe: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.model, self.attention, self.moe = model or {}, attention or {}, moe or {}
+        self.vocab_size, self.hidden_size = self.model.get("vocab"), self.model.get("width")
+        self.num_hidden_layers, self.use_cache = self.model.get("layers"), False
+        super().__init__(**{"tie_word_embeddings": bool(self.model.get("tied_embeddings")), **kwargs})
+
+    @staticmethod
+    def of(model: ModelConfig, attention: AttentionConfig, moe: MoEConfig, **kwargs: Any) -> NSATrainConfig:
+        parts = {"model": model, "attention": attention, "moe": moe}
+        return NSATrainConfig(**{name: dataclasses.asdict(part) for name, part in parts.items()}, **kwargs)
+
+    def build(self) -> Transformer:
+        attention = {**self.attention, "branches": tuple(self.attention["branches"])}
+        return Transformer(ModelConfig(**self.model), AttentionConfig(**attention), MoEConfig(**self.moe))
+
+
+class NSATrainForCausalLM(PreTrainedModel, GenerationMixin):
+    """[B, S] token ids -> logits [B, S, V]. Generation without a cache."""
+
+    config_class = NSATrainConfig
+    base_model_prefix = "transformer"
+    _tied_weights_keys = {"transformer.head.weight": "transformer.embed.weight"}  # noqa: RUF012
+    _keep_in_fp32_modules_strict = {"router.bias"}  # noqa: RUF012
+    _supports_cache_class = False
+
+    def __init__(self, config: NSATrainConfig) -> None:
+        super().__init__(config)
+        self.transformer = config.build()
+        if not self.transformer.embed.weight.is_meta:  # made, not loaded: start like a run with seed 0
+            self.transformer.start(seed=0)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: `Transformer.start` has set every value, or the file that is being loaded does."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.transformer.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.transformer.head
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
+    ) -> CausalLMOutput:
+        """labels [B, S] as usual in transformers: shifted here, -100 ignored. Padding becomes documents of its own."""
+        B, S = input_ids.shape
+        lengths = [S] * B if attention_mask is None else _document_lengths(attention_mask)
+        logits = self.transformer.logits(input_ids.flatten(), Packing.from_lengths(lengths).to(input_ids.device))
+        logits = logits.view(B, S, -1)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> dict:
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def _document_lengths(mask: Tensor) -> list[int]:
+    """Runs of equal mask values, row by row: text and padding of [B, S] as packed documents."""
+    return [int(n) for row in mask for n in torch.unique_consecutive(row, return_counts=True)[1]]
+
+
+AutoConfig.register("nsa_train", NSATrainConfig, exist_ok=True)
+AutoModelForCausalLM.register(NSATrainConfig, NSATrainForCausalLM, exist_ok=True)

@@ -1,0 +1,127 @@
+"""The model: a pre-norm decoder over packed tokens. Single-device; parallelism is put around it from outside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nsa_train.config.schema import AttentionConfig, ModelConfig, MoEConfig
+from nsa_train.model.attention import Attention, Probe
+from nsa_train.model.layers import RMSNorm, SwiGLU, normal_, rope_angles
+from nsa_train.model.moe import MoE
+from nsa_train.model.router import Router, update_bias
+from nsa_train.ops.loss import chunked_token_losses
+from nsa_train.packing import Packing
+
+
+@dataclass(frozen=True)
+class Output:
+    """token_losses [T] fp32 nats, 0 without label; balance: sum over tokens and layers; load [MoE layers, E] tokens."""
+
+    token_losses: Tensor
+    balance: Tensor
+    load: Tensor
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); the MLP is dense or a mixture of experts."""
+
+    def __init__(self, model: ModelConfig, attention: AttentionConfig, moe: MoEConfig, dense: bool) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(model.width, model.norm_eps)
+        self.attention = Attention(model, attention)
+        self.mlp_norm = RMSNorm(model.width, model.norm_eps)
+        self.mlp = SwiGLU(model.width, (moe.top_k + moe.shared) * moe.expert_width) if dense else MoE(model.width, moe)
+        self.recompute = False
+
+    def forward(
+        self, x: Tensor, packing: Packing, angles: tuple[Tensor, Tensor], probe: Probe | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """[T, M] -> [T, M], and the balance loss and load of a mixture of experts."""
+        x = x + self._maybe_again(self._attend, x, packing, angles, probe)
+        h = self.mlp_norm(x)
+        if isinstance(self.mlp, SwiGLU):
+            return x + self._maybe_again(self.mlp, h), None, None
+        routing = self.mlp.router(h, packing.lengths)
+        return x + self._maybe_again(self.mlp, h, routing), routing.balance, routing.load
+
+    def _attend(self, x: Tensor, *rest: Any) -> Tensor:
+        return self.attention(self.attention_norm(x), *rest)
+
+    def _maybe_again(self, part: Any, *inputs: Any) -> Tensor:
+        """Activation checkpointing; non-reentrant is the only kind that ZeRO takes."""
+        return checkpoint(part, *inputs, use_reentrant=False) if self.recompute and self.training else part(*inputs)
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model with GQA, NSA or full attention, and MoE."""
+
+    def __init__(self, model: ModelConfig, attention: AttentionConfig, moe: MoEConfig) -> None:
+        super().__init__()
+        self.config, self.moe = model, moe
+        self.embed = nn.Embedding(model.vocab, model.width)
+        self.layers = nn.ModuleList(
+            Layer(model, attention, moe, dense=i < model.dense_layers) for i in range(model.layers)
+        )
+        self.norm = RMSNorm(model.width, model.norm_eps)
+        self.head = nn.Linear(model.width, model.vocab, bias=False)
+        if model.tied_embeddings:
+            self.head.weight = self.embed.weight
+
+    def start(self, seed: int) -> None:
+        """Initial values keyed by (seed, name, shape): equal in every arm that has the parameter.
+
+        Normal with `init_std`; projections back into the residual stream are smaller by sqrt(2 layers); norms are 1;
+        phi is mean pooling; gates are one half.
+        """
+        small = self.config.init_std / (2 * self.config.layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if not name.endswith("norm.weight"):
+                into_stream = name.endswith((".o.weight", ".down.weight", ".down"))
+                normal_(parameter, name, seed, small if into_stream else self.config.init_std)
+        for layer in self.layers:
+            layer.attention.start()  # type: ignore[operator, union-attr]
+
+    def recompute_activations(self, on: bool) -> None:
+        for layer in self.layers:
+            layer.recompute = on  # type: ignore[assignment]
+
+    def hidden(
+        self, tokens: Tensor, packing: Packing, probes: list[Probe] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Final normed states [T, M], the balance loss, and the load [MoE layers, E]."""
+        x = self.embed(tokens)
+        angles = rope_angles(packing.positions, self.config.key_dim, self.config.rope_theta)
+        balance, loads = x.new_zeros((), dtype=torch.float32), []
+        for layer in self.layers:
+            if probes is not None:
+                probes.append({})
+            x, layer_balance, load = layer(x, packing, angles, probes[-1] if probes is not None else None)
+            if load is not None:
+                balance = balance + layer_balance
+                loads.append(load)
+        load = torch.stack(loads) if loads else x.new_zeros(0, self.moe.experts, dtype=torch.float32)
+        return self.norm(x), balance, load.detach()
+
+    def logits(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """[T] -> [T, V], dtype of the weights. For evaluation and export; training never holds all logits."""
+        return self.head(self.hidden(tokens, packing)[0])
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor, packing: Packing, chunk_tokens: int, probes: list[Probe] | None = None
+    ) -> Output:
+        """tokens, labels [T] int64 (label -100: none). A list given as `probes` receives each layer's statistics."""
+        x, balance, load = self.hidden(tokens, packing, probes)
+        return Output(chunked_token_losses(x, self.head.weight, labels, chunk_tokens), balance, load)
+
+    def routers(self) -> list[Router]:
+        return [layer.mlp.router for layer in self.layers if isinstance(layer.mlp, MoE)]  # type: ignore[misc, union-attr]
+
+    def balance_experts(self, load: Tensor) -> None:
+        """One step of loss-free balancing; load [MoE layers, E] of the whole global step."""
+        for router, layer_load in zip(self.routers(), load, strict=True):
+            update_bias(router.bias, layer_load, self.moe.bias_rate)
