@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("nsa_train")
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def rank() -> int:
@@ -130,3 +132,25 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "missing"
     return found
+
+
+def quiet_deepspeed(device_type: str) -> None:
+    """Tell DeepSpeed which accelerator it has before it is imported and guesses aloud."""
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
+
+
+def device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device()) if device().type == "cuda" else "CPU"
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process: allocated on its GPU, or resident on a CPU."""
+    import resource
+
+    import torch
+
+    if device().type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

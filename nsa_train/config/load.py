@@ -136,7 +136,8 @@ def _build(cls: type, tree: Any, place: str, problems: list[str]) -> Any:
                 values[key] = _convert(kind, tree[key])
             except TypeError as error:
                 problems.append(f"{place}{key}={tree[key]!r} must be {error}")
-    if len(values) < len(hints) or any(value is None and dataclasses.is_dataclass(hints[k]) for k, value in values.items()):
+    unbuilt = [key for key, value in values.items() if value is None and dataclasses.is_dataclass(hints[key])]
+    if len(values) < len(hints) or unbuilt:
         return None
     section = cls(**values)
     problems += [f"{place}{line}" for line in section.problems()]

@@ -15,7 +15,7 @@ SCORES = {"sigmoid": torch.sigmoid, "softmax": lambda logits: logits.softmax(-1)
 
 
 class Routing(NamedTuple):
-    """experts [T, K] int64, weights [T, K] fp32, load [E] tokens per expert, balance: the auxiliary loss, a sum over T."""
+    """experts [T, K] int64, weights [T, K] fp32, load [E] tokens per expert, balance: auxiliary loss, a sum over T."""
 
     experts: Tensor
     weights: Tensor

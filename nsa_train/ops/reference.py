@@ -1,4 +1,4 @@
-"""Native Sparse Attention in plain PyTorch, equation by equation: the specification that every kernel is tested against.
+"""Native Sparse Attention in plain PyTorch, equation by equation: the specification every kernel is tested against.
 
 Read it beside arXiv 2502.11089, section 3. All functions but the last two speak about ONE document of L tokens: NSA
 restarts positions, compression blocks and selection blocks at each document's first token, so packed documents are
@@ -12,6 +12,7 @@ a loop around them. It runs in any dtype on any device, in time and memory O(L^2
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -93,7 +94,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tu
 
 def compressed_length(L: int, spec: NSASpec) -> int:
     """C(L): blocks of l tokens, one every d tokens, that fit into L tokens."""
-    return (L - spec.cmp_block) // spec.cmp_stride + 1 if L >= spec.cmp_block else 0
+    return (L - spec.cmp_block) // spec.cmp_stride + 1 if spec.cmp_block <= L else 0
 
 
 def cmp_visible(L: int, spec: NSASpec, device: torch.device | None = None) -> Tensor:
@@ -150,7 +151,7 @@ def block_overlap(L: int, spec: NSASpec, device: torch.device | None = None) -> 
 
 
 def importance(p: Tensor, L: int, spec: NSASpec) -> Tensor:
-    """Score of each selection block for each query and KV head (eq. 9, 10): [Hk, G, L, C] -> [L, Hk, J], no gradient."""
+    """Score of each block for each query and KV head (eq. 9, 10), no gradient: p [Hk, G, L, C] -> [L, Hk, J]."""
     by_group = p.detach().sum(1).transpose(0, 1)  # [L, Hk, C]
     return by_group @ block_overlap(L, spec, p.device).to(p.dtype)
 
@@ -161,7 +162,7 @@ def select_blocks(scores: Tensor, spec: NSASpec) -> Tensor:
     Query t lies in block m = t // l'. It takes the first `slc_init` blocks and the last `slc_local` blocks up to m,
     counted in n, then the best of the other blocks before them; equal scores go to the lower index.
     """
-    L, Hk, J = scores.shape
+    L, _, J = scores.shape
     m = torch.arange(L, device=scores.device)[:, None, None] // spec.slc_block
     j = torch.arange(J, device=scores.device)
     forced = (j < spec.slc_init) | (j > m - spec.slc_local)
@@ -226,7 +227,7 @@ def compressed_blocks(x: Tensor, cu_seqlens: Tensor, spec: NSASpec, rows: int) -
     bounds = cu_seqlens.tolist()
     found = [
         x[a:b].unfold(0, spec.cmp_block, spec.cmp_stride).permute(0, 3, 1, 2)  # [C(L), l, Hk, D]
-        for a, b in zip(bounds, bounds[1:], strict=False)
+        for a, b in pairwise(bounds)
         if b - a >= spec.cmp_block
     ]
     used = sum(block.shape[0] for block in found)
@@ -240,7 +241,7 @@ def nsa_reference(
     """The whole op over packed documents; arguments as in `nsa_train.ops.nsa.nsa_attention`."""
     bounds = cu_seqlens.tolist()
     parts, first = [], 0
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in pairwise(bounds):
         if a == b:
             continue
         rows = slice(first, first + compressed_length(b - a, spec))

@@ -1,0 +1,134 @@
+"""The command line: `nsa-train COMMAND [key=value ...]`, the same as `python -m nsa_train COMMAND`.
+
+Heavy packages are imported inside the commands, so that --help and a wrong configuration answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from nsa_train import runtime
+from nsa_train.errors import NsaTrainError, StorageError
+
+EXIT_CODES = """exit codes:
+  0 done    2 wrong input    17 no valid checkpoint    18 diverged    20 storage full or unwritable
+  75 interrupted, the same command goes on    1 anything else: a bug, with its traceback
+torchrun turns every code into 1; runs/<name>/summary.json has the real one."""
+
+
+def _train(overrides: list[str]) -> int:
+    """pretrain, or go on with an interrupted run; launch it with torchrun for several processes"""
+    config = _config(overrides)
+    from nsa_train.train.loop import train
+
+    return train(config)
+
+
+def _prepare(overrides: list[str]) -> int:
+    """tokenise the corpus of the configuration (training does it too, when it is missing)"""
+    config = _config(overrides)
+    from nsa_train.data.prepare import prepare
+    from nsa_train.data.store import read_manifest
+
+    folder = prepare(config.data, config.model.vocab, config.seed, lambda line: runtime.log.info("%s", line))
+    facts = read_manifest(folder)
+    for split in ("train", "heldout"):
+        runtime.log.info("%-8s %6d documents  %12s tokens", split, facts[split]["documents"], f"{facts[split]['tokens']:,}")
+    runtime.log.info("unigram entropy of the held-out text: %.4f nats per token", facts["unigram_entropy"])
+    runtime.log.info("hash %s\n%s", facts["hash"], folder)
+    return 0
+
+
+def _tokenizer(overrides: list[str]) -> int:
+    """train the tokenizer of the configuration and show how it cuts the held-out text"""
+    config = _config(overrides)
+    from nsa_train.data.prepare import prepare
+    from nsa_train.data.store import TOKENIZER, read_manifest
+
+    folder = prepare(config.data, config.model.vocab, config.seed, lambda line: runtime.log.info("%s", line))
+    facts = read_manifest(folder)
+    heldout = facts["heldout"]
+    runtime.log.info(
+        "%d pieces, %.2f bytes a token on held-out text, sha256 %s\n%s",
+        facts["vocab"], heldout["bytes"] / heldout["tokens"], facts["tokenizer_sha256"], folder / TOKENIZER,
+    )  # fmt: skip
+    return 0
+
+
+def _show_config(overrides: list[str]) -> int:
+    """print the resolved configuration, or everything that is wrong with it"""
+    from nsa_train.config.load import to_yaml
+
+    print(to_yaml(_config(overrides)), end="")
+    return 0
+
+
+def _plan(overrides: list[str]) -> int:
+    """parameters, FLOPs and memory of a configuration, before anything starts"""
+    config = _config(overrides)
+    from nsa_train.plan import plan
+
+    print(plan(config))
+    return 0
+
+
+def _doctor(overrides: list[str]) -> int:
+    """versions and devices of this machine, and what will be slow or fail, one line each"""
+    config = _config(overrides)
+    from nsa_train.doctor import examine
+
+    return examine(config)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "tokenizer": _tokenizer,
+    "prepare": _prepare,
+    "config": _show_config,
+    "plan": _plan,
+    "doctor": _doctor,
+}
+
+
+def _config(overrides: list[str]):
+    from nsa_train.config.load import load_config
+
+    return load_config(overrides)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nsa-train",
+        description="Pretrain long-context language models with Native Sparse Attention.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
+        sub.add_argument(
+            "overrides", nargs="*", metavar="key=value",
+            help="group=option (attention=full) or key.path=value (trainer.steps=100); `nsa-train config` shows all",
+        )  # fmt: skip
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; the exit code. A user's mistake is one message on rank 0, without traceback."""
+    args = _parser().parse_args(arguments)
+    runtime.setup_console()
+    try:
+        return COMMANDS[args.command](args.overrides)
+    except NsaTrainError as error:
+        code, message = error.exit_code, str(error)
+    except OSError as error:
+        if error.errno not in runtime.STORAGE_ERRORS:
+            raise
+        code, message = StorageError.exit_code, f"{error.filename or 'disk'}: {error.strerror}; free some space"
+    except KeyboardInterrupt:
+        code, message = 130, "stopped by a second Ctrl-C; the last checkpoint is the one before"
+    if runtime.rank() == 0:
+        print(f"error: {message}" if code != 75 else message, file=sys.stderr)
+    return code

@@ -1,0 +1,307 @@
+"""Checkpoints that can be trusted: written aside, digested, named last; read only when every byte is as written.
+
+    checkpoints/step_50/          complete: the directory was renamed to this after its manifest was on disk
+        manifest.json             step, tokens, model identity, layout, size and sha256 of every other file
+        optimizer_00000.safetensors   rank 0's partition of fp32 weights and Adam moments, and its random states
+        buffers.safetensors       router biases
+    checkpoints/latest.json       pointer for people and scripts; resuming looks at the directories themselves
+    checkpoints/step_50.tmp-*     being written, or torn by a kill: never read, removed by the next save
+    checkpoints/step_50.corrupt   found damaged: named in the log, never read
+
+Nothing is unpickled: safetensors and JSON only. Partitions of flat vectors are re-cut for any number of ranks.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import re
+import secrets
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nsa_train import runtime
+from nsa_train.errors import CheckpointError, StorageError
+from nsa_train.parallel.engine import Engine, Slot, on_rank_zero
+
+SCHEMA = "nsa-train/checkpoint/1"
+COMPLETE = re.compile(r"step_(\d+)")
+MANIFEST = "manifest.json"
+BUFFERS = "buffers.safetensors"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A verified checkpoint."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a complete checkpoint's directory, None for any other name."""
+    match = COMPLETE.fullmatch(path.name)
+    return int(match.group(1)) if match and path.is_dir() else None
+
+
+def complete(folder: Path) -> list[Path]:
+    """Complete checkpoints, newest first."""
+    found = [(step, path) for path in folder.glob("step_*") if (step := step_of(path)) is not None]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, step: int, engine: Engine, identity: str, state: dict[str, Any], keep: int) -> None:
+    """Write `step_<step>` with all ranks together; raises StorageError on every rank, the older ones stay whole."""
+    aside = folder / on_rank_zero(lambda: _make_aside(folder, step))
+    files, problem = [], None
+    try:
+        files = _write_own_files(aside, engine)
+    except (OSError, SafetensorError) as error:
+        problem = _storage_problem(error, aside)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (files, problem))
+    on_rank_zero(lambda: _complete(folder, aside, step, gathered, engine, identity, state))
+    if runtime.rank() == 0:
+        _retain(folder, keep)
+
+
+def _make_aside(folder: Path, step: int) -> str:
+    """Remove what kills left behind, check the space, and make the directory to write into."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for torn in folder.glob("step_*.tmp-*"):
+            shutil.rmtree(torn)
+        older = complete(folder)
+        need = int(1.2 * sum(f.stat().st_size for f in older[0].iterdir())) if older else 0
+        free = shutil.disk_usage(folder).free
+        if free < need:
+            raise StorageError(
+                f"{folder}: {free} bytes are free and a checkpoint needs about {need}; free some space and run again "
+                f"(the last good checkpoint is {older[0].name})"
+            )
+        aside = folder / f"step_{step}.tmp-{secrets.token_hex(4)}"
+        aside.mkdir()
+    except OSError as error:
+        raise StorageError(_storage_problem(error, folder)) from error
+    return aside.name
+
+
+def _write_own_files(aside: Path, engine: Engine) -> list[tuple[str, int, str]]:
+    """This rank's files: (name, bytes, sha256)."""
+    shard = {name: tensor.cpu() for name, tensor in engine.shard().items()}
+    shard["rng.torch"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        shard["rng.cuda"] = torch.cuda.get_rng_state()
+    own = [(f"optimizer_{runtime.rank():05d}.safetensors", shard, {"rng": _python_random_state()})]
+    if runtime.rank() == 0:
+        own.append((BUFFERS, {name: b.cpu() for name, b in engine.module.named_buffers()}, {}))
+    written = []
+    for name, tensors, metadata in own:
+        save_file(tensors, aside / name, metadata=metadata)
+        _sync(aside / name)
+        written.append((name, (aside / name).stat().st_size, _digest(aside / name)))
+        runtime.fault_point("checkpoint-shard")
+    return written
+
+
+def _complete(
+    folder: Path, aside: Path, step: int, gathered: list[Any], engine: Engine, identity: str, state: dict[str, Any]
+) -> None:
+    problems = [problem for _, problem in gathered if problem]
+    if problems:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise StorageError(problems[0])
+    manifest = {
+        "schema": SCHEMA, "step": step, "identity": identity, "world_size": len(gathered),
+        "partition_sizes": engine.partition_sizes(), "steps_taken": engine.steps_taken(),
+        "layout": [[asdict(slot) for slot in group] for group in engine.layout()],
+        "files": {name: {"bytes": size, "sha256": sha} for files, _ in gathered for name, size, sha in files},
+        "state": state,
+    }  # fmt: skip
+    try:
+        runtime.fault_point("checkpoint-before-manifest")
+        _write_json(aside / MANIFEST, {**manifest, "digest": _digest_of(manifest)})
+        runtime.fault_point("checkpoint-before-rename")
+        final = folder / f"step_{step}"
+        if final.exists():  # left by a run that went further and whose newer metrics were lost: same step, same bits
+            shutil.rmtree(final)
+        os.rename(aside, final)
+        _sync(folder)
+        runtime.fault_point("checkpoint-before-pointer")
+        _write_json(folder / "latest.json.tmp", {"step": step, "path": final.name})
+        os.replace(folder / "latest.json.tmp", folder / "latest.json")
+        _sync(folder)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise StorageError(_storage_problem(error, folder)) from error
+
+
+def _retain(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep`; the one just written is among them."""
+    for path in complete(folder)[max(1, keep) :]:
+        doomed = path.with_name(path.name + ".tmp-deleted")  # first it stops being a checkpoint, then its files go
+        os.rename(path, doomed)
+        runtime.fault_point("checkpoint-retention")
+        shutil.rmtree(doomed)
+
+
+def _storage_problem(error: Exception, place: Path) -> str:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "space" in str(error).lower()
+    advice = "free some space" if full else "check the folder and its permissions"
+    return f"{place}: cannot write a checkpoint ({error}); {advice} and run again: older checkpoints are whole"
+
+
+def _python_random_state() -> str:
+    kind, keys, position, has_gauss, gauss = numpy.random.get_state()  # type: ignore[misc]
+    return json.dumps({"python": random.getstate(), "numpy": [kind, keys.tolist(), position, has_gauss, gauss]})  # type: ignore[union-attr]
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1))
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def find_newest_good(folder: Path, identity: str) -> Found | None:
+    """The newest checkpoint whose every file has the size and digest of its manifest; None where there is none yet.
+
+    A damaged one is named, renamed to `.corrupt` and passed over. CheckpointError if all are damaged, or if the
+    newest good one belongs to another model.
+    """
+    candidates = complete(folder)
+    for path in candidates:
+        try:
+            manifest = verify(path)
+        except CheckpointError as error:
+            runtime.log.warning("damaged checkpoint, trying an older one: %s", error)
+            os.rename(path, _free_name(path))
+            continue
+        if manifest["identity"] != identity:
+            raise CheckpointError(
+                f"{path} belongs to another model (its identity is {manifest['identity'][:12]}, this run's "
+                f"{identity[:12]}); move it away or choose another name="
+            )
+        return Found(path, manifest)
+    if candidates:
+        raise CheckpointError(
+            f"{folder}: none of {len(candidates)} checkpoints is whole (see the lines above); restore one from a "
+            "backup, or delete the run folder to start again"
+        )
+    return None
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest, after every file was compared with it; CheckpointError names the file that differs."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = manifest["files"]
+        if manifest.pop("digest") != _digest_of(manifest):
+            raise CheckpointError(f"{path / MANIFEST} does not have the digest it names")
+        if manifest["schema"] != SCHEMA or not isinstance(files, dict):
+            raise CheckpointError(f"{path / MANIFEST} is not of schema {SCHEMA}")
+        for name, known in files.items():
+            if Path(name).name != name:
+                raise CheckpointError(f"{path / MANIFEST} names {name!r}, which is no plain file name")
+            if not (path / name).is_file():
+                raise CheckpointError(f"{path / name} is missing")
+            size = (path / name).stat().st_size
+            if size != known["bytes"]:
+                raise CheckpointError(f"{path / name} has {size} bytes instead of {known['bytes']}")
+            if _digest(path / name) != known["sha256"]:
+                raise CheckpointError(f"{path / name} does not have the sha256 of its manifest")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
+    return manifest
+
+
+def restore(found: Found, engine: Engine) -> None:
+    """Fill engine, buffers and random states on every rank; the number of ranks may differ from the writer's."""
+    manifest = found.manifest
+    layout = [[Slot(s["name"], s["offset"], tuple(s["shape"])) for s in group] for group in manifest["layout"]]
+    if layout != engine.layout():
+        raise CheckpointError(f"{found.path} lays its parameters out differently; it cannot be loaded here")
+    rank = runtime.rank()
+    sizes = engine.partition_sizes()
+    engine.load_shard(
+        {
+            f"{group}.{part}": _read_range(found, group, part, rank * size, (rank + 1) * size)
+            for group, size in enumerate(sizes)
+            for part in ("master", "exp_avg", "exp_avg_sq")
+        },
+        manifest["steps_taken"],
+    )
+    with safe_open(found.path / BUFFERS, framework="pt") as file:
+        for name, buffer in engine.module.named_buffers():
+            buffer.copy_(file.get_tensor(name))
+    if rank < manifest["world_size"]:
+        _restore_random(found.path / f"optimizer_{rank:05d}.safetensors")
+
+
+def _read_range(found: Found, group: int, part: str, start: int, stop: int) -> Tensor:
+    """[start, stop) of a group's flat vector, from whichever files hold it; padding behind the end is 0."""
+    out = torch.zeros(stop - start)
+    saved = found.manifest["partition_sizes"][group]
+    for rank in range(found.manifest["world_size"]):
+        a, b = max(start, rank * saved), min(stop, (rank + 1) * saved)
+        if a < b:
+            with safe_open(found.path / f"optimizer_{rank:05d}.safetensors", framework="pt") as file:
+                piece = file.get_slice(f"{group}.{part}")
+                out[a - start : b - start] = piece[a - rank * saved : b - rank * saved]
+    return out
+
+
+def _restore_random(path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        states = json.loads(file.metadata()["rng"])
+        torch.set_rng_state(file.get_tensor("rng.torch"))
+        if "rng.cuda" in file.keys() and torch.cuda.is_available():  # noqa: SIM118
+            torch.cuda.set_rng_state(file.get_tensor("rng.cuda"))
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = states["numpy"]
+    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))
+
+
+def _free_name(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}.corrupt{n or ''}") for n in range(1000))
+    return next(name for name in names if not name.exists())
+
+
+def identity_of(model: torch.nn.Module, sections: dict[str, Any]) -> str:
+    """What makes two checkpoints interchangeable: the model's sections of the configuration and its parameters."""
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    return hashlib.sha256(json.dumps([sections, shapes], sort_keys=True).encode()).hexdigest()

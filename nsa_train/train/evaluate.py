@@ -1,0 +1,66 @@
+"""Held-out loss: as a whole, by position in the document, and by source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from nsa_train import runtime
+from nsa_train.config import schema
+from nsa_train.data.loader import NO_LABEL, Loader
+from nsa_train.errors import DataError
+from nsa_train.model.attention import Probe
+from nsa_train.model.transformer import Transformer
+from nsa_train.parallel.engine import sum_over_ranks
+
+FIRST_BUCKET_TOKENS = 128
+
+
+def position_buckets(seq_len: int) -> list[tuple[int, int]]:
+    """Powers of two up to the row's length: (0, 128), (128, 256), ... A row's last bucket ends at seq_len."""
+    edges = [0]
+    while edges[-1] < seq_len:
+        edges.append(min(seq_len, max(FIRST_BUCKET_TOKENS, 2 * edges[-1])))
+    return list(pairwise(edges))
+
+
+@torch.no_grad()
+def evaluate(
+    model: Transformer, loader: Loader, trainer: schema.TrainerConfig, sources: Sequence[str], device: torch.device
+) -> dict[str, Any]:
+    """Loss in nats per token over the first `val_rows` held-out rows, on all ranks together.
+
+    Positions count from the start of the document as the model sees it: a later piece of a document that is longer
+    than a row starts at 0 again. `layers` holds statistics of gates and selection, from rank 0's first rows.
+    """
+    buckets = position_buckets(trainer.seq_len)
+    edges = torch.tensor([end for _, end in buckets[:-1]], device=device)
+    sums = torch.zeros(len(buckets), 2, dtype=torch.float64, device=device)  # loss, tokens
+    by_source = torch.zeros(len(sources), 2, dtype=torch.float64, device=device)
+    layers: list[Probe] | None = [] if runtime.rank() == 0 else None
+    model.eval()
+    for number, batch in enumerate(
+        loader.sequential(trainer.val_rows, runtime.rank(), runtime.world_size(), trainer.micro_rows)
+    ):
+        batch = batch.to(device)
+        probes = layers if number == 0 else None
+        losses = model(batch.tokens, batch.labels, batch.packing, trainer.loss_chunk_tokens, probes).token_losses
+        counted = batch.labels != NO_LABEL
+        pairs = torch.stack([losses, torch.ones_like(losses)], dim=1)[counted].double()
+        sums.index_add_(0, torch.bucketize(batch.packing.positions[counted], edges, right=True), pairs)
+        by_source.index_add_(0, batch.sources[counted].long(), pairs)
+    model.train()
+    sum_over_ranks(sums, by_source)
+    if not sums[:, 1].sum():
+        raise DataError("no held-out token has a label; hold out more text (data.heldout_share or data.heldout_paths)")
+    loss, tokens = sums.sum(0).tolist()
+    return {
+        "loss": loss / tokens,
+        "by_position": {f"{a}-{b}": s / n for (a, b), (s, n) in zip(buckets, sums.tolist(), strict=True) if n},
+        "by_source": {name: s / n for name, (s, n) in zip(sources, by_source.tolist(), strict=True) if n},
+        "val_tokens": int(tokens),
+        "layers": layers or [],
+    }

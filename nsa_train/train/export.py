@@ -1,0 +1,33 @@
+"""The end of a run as a Hugging Face folder: safetensors, configuration and the tokenizer's model file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from nsa_train.config import schema
+from nsa_train.data.tokenizer import Tokenizer
+from nsa_train.model.transformer import Transformer
+
+
+def export_model(model: Transformer, config: schema.Config, tokenizer: Path, target: Path) -> None:
+    """Write `target` as a whole; it opens with `AutoModelForCausalLM.from_pretrained` after importing
+    `nsa_train.model.pretrained`, with the weights' dtype of the run."""
+    from transformers.utils import logging as transformers_logging
+
+    from nsa_train.model.pretrained import NSATrainConfig, NSATrainForCausalLM
+
+    transformers_logging.disable_progress_bar()
+    eos = Tokenizer.load(tokenizer).eos
+    wrapped = NSATrainForCausalLM(
+        NSATrainConfig.of(config.model, config.attention, config.moe, eos_token_id=eos, pad_token_id=eos)
+    )
+    wrapped.transformer = model
+    wrapped.config.dtype = model.embed.weight.dtype
+    aside = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    wrapped.save_pretrained(aside)
+    shutil.copy2(tokenizer, aside / "tokenizer.model")
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(aside, target)

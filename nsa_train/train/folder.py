@@ -1,0 +1,106 @@
+"""The run folder: claimed by one job, bound to one configuration, and what stands in it beside checkpoints.
+
+    runs/<name>/  config.yaml  manifest.json  deepspeed.json  metrics.jsonl  summary.json  checkpoints/  export/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from nsa_train.config import schema
+from nsa_train.config.load import to_tree, to_yaml
+from nsa_train.errors import RunFolderError, StorageError
+
+# A resumed run may differ in these: they change how and how often, not what is computed.
+FREE_KEYS = (
+    "runs_dir", "logging", "parallel", "data.root", "data.prepared_dir", "trainer.checkpoint_every",
+    "trainer.keep_checkpoints", "trainer.log_every", "trainer.export",
+)  # fmt: skip
+
+
+class RunFolder:
+    """`runs/<name>`, held by a kernel lock that a killed job frees."""
+
+    def __init__(self, config: schema.Config) -> None:
+        self.path = config.run_dir
+        self.config = config
+        self._lock: IO[str] | None = None
+
+    def claim(self) -> None:
+        """Make and lock the folder; refuse another job's folder and another configuration's."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot write the run folder ({error}); set runs_dir or name") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            raise RunFolderError(
+                f"{self.path} is in use by another job ({lock.read().strip() or 'unknown'}); wait for it, or choose "
+                "another name="
+            ) from error
+        lock.seek(0)
+        lock.truncate()
+        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+        lock.flush()
+        self._lock = lock
+        self._check_config()
+        self.write("config.yaml", to_yaml(self.config))
+
+    def release(self) -> None:
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def _check_config(self) -> None:
+        path = self.path / "config.yaml"
+        if not path.exists():
+            return
+        try:
+            before = _flat(yaml.safe_load(path.read_text()))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RunFolderError(f"{path} cannot be read ({error}); choose another name=") from error
+        now = _flat(to_tree(self.config))
+        changed = [
+            f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+        ]
+        if changed:
+            raise RunFolderError(
+                f"{self.path} holds a run with another configuration; choose another name=, or delete the folder:\n"
+                + "\n".join(changed)
+            )
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        try:
+            return json.loads((self.path / name).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def write(self, name: str, content: str | dict[str, Any]) -> None:
+        """Replace a file as a whole, so that a kill leaves the old or the new one."""
+        text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+        aside = self.path / f".{name}.tmp"
+        try:
+            aside.write_text(text)
+            os.replace(aside, self.path / name)
+        except OSError as error:
+            raise StorageError(f"{self.path / name}: cannot be written ({error}); free some space") from error
+
+
+def _flat(tree: Any, place: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {place: tree}
+    flat = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{place}.{key}" if place else str(key)))
+    return flat

@@ -1,0 +1,42 @@
+"""What may end a run early: signals, agreed on by all ranks at a step's end, and steps that stay non-finite."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+from nsa_train.errors import DivergedError
+
+
+class StopSignals:
+    """SIGTERM, SIGINT and SIGUSR1 only raise a flag; the loop finishes its step. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def listen(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+class BadSteps:
+    """Counts steps whose loss or gradient was not finite; every rank sees the same ones."""
+
+    def __init__(self, limit: int, skipped: int = 0) -> None:
+        self.limit, self.skipped, self.in_a_row = limit, skipped, 0
+
+    def note(self, step: int, bad: bool) -> None:
+        """Raises DivergedError once `limit` steps in a row were bad."""
+        self.in_a_row = self.in_a_row + 1 if bad else 0
+        self.skipped += bad
+        if self.in_a_row >= self.limit:
+            raise DivergedError(
+                f"loss or gradient was not finite in {self.in_a_row} steps in a row, up to step {step}; lower optim.lr "
+                "or look at the data of these steps, then run again from the last checkpoint under another name="
+            )

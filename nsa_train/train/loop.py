@@ -1,0 +1,337 @@
+"""A training run, from top to bottom: folder, corpus, model, engine, steps, and how it ends."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsa_train import runtime
+from nsa_train.config import schema
+from nsa_train.config.load import to_tree
+from nsa_train.data.loader import Batch, Loader, largest_divisor
+from nsa_train.data.prepare import prepare
+from nsa_train.data.store import TOKENIZER, TokenStore
+from nsa_train.errors import ConfigError, Interrupted, NsaTrainError
+from nsa_train.model.counts import count_parameters
+from nsa_train.model.transformer import Transformer
+from nsa_train.parallel.engine import Engine, engine_settings, on_rank_zero, start_processes, sum_over_ranks
+from nsa_train.train import checkpoint
+from nsa_train.train.evaluate import evaluate
+from nsa_train.train.export import export_model
+from nsa_train.train.folder import RunFolder
+from nsa_train.train.guards import BadSteps, StopSignals
+from nsa_train.train.metrics import Clock, Metrics, plot_losses
+from nsa_train.train.optim import build_optimizer, lr_at
+
+ARM_ONLY = (".kv.cmp.", ".kv.win.", ".phi_k.", ".phi_v.", ".attention.gate.")
+
+
+def train(config: schema.Config) -> int:
+    """Train, or go on, or say that the run is finished; the exit code. Called on every rank."""
+    runtime.launch_alone()
+    device = runtime.device()
+    start_processes(device, config.parallel.timeout_s)
+    folder = RunFolder(config)
+    try:
+        on_rank_zero(folder.claim)
+        done = on_rank_zero(lambda: _finished(folder))
+        if done:
+            runtime.log.info("%s", done)
+            return 0
+        return _Run(config, folder, device).go()
+    finally:
+        folder.release()
+
+
+def _finished(folder: RunFolder) -> str | None:
+    summary = folder.read_json("summary.json") or {}
+    if summary.get("status") != "done":
+        return None
+    return (
+        f"{folder.path} is finished: {summary['steps']} steps, held-out loss {summary['val_loss_first']:.4f} -> "
+        f"{summary['val_loss_last']:.4f}. To train again choose another name=, or delete the folder."
+    )
+
+
+@dataclass
+class Progress:
+    """What a run knows of itself beside weights and random states; saved with each checkpoint."""
+
+    step: int = 0  # finished steps
+    skipped: int = 0  # of them, non-finite and not taken
+    val_loss_first: float | None = None
+    val_loss_last: float | None = None
+    wall_s: float = 0.0  # of training so far, earlier launches included
+    last_speed: float | None = field(default=None)  # tokens per second
+
+
+class _Run:
+    def __init__(self, config: schema.Config, folder: RunFolder, device: torch.device) -> None:
+        self.config, self.folder, self.device = config, folder, device
+        self.world = runtime.world_size()
+        if config.trainer.batch_rows % self.world:
+            raise ConfigError(
+                f"trainer.batch_rows={config.trainer.batch_rows} is not a multiple of the {self.world} processes; "
+                "change one of them"
+            )
+        runtime.seed_everything(config.seed)
+        self.corpus = Path(
+            on_rank_zero(
+                lambda: str(prepare(config.data, config.model.vocab, config.seed, lambda line: runtime.log.info("%s", line)))
+            )
+        )
+        stores = {split: TokenStore.open(self.corpus, split) for split in ("train", "heldout")}
+        self.facts = stores["train"].manifest
+        trainer, rows = config.trainer, config.trainer.batch_rows
+        self.loaders = {
+            split: Loader(store, trainer.seq_len, config.data.max_documents, rows, config.seed)
+            for split, store in stores.items()
+        }
+        self._build()
+        self.signals = StopSignals()
+        self.progress = Progress()
+        self.bad_steps = BadSteps(trainer.max_bad_steps)
+
+    def _build(self) -> None:
+        """Model with keyed initial values, optimizer, engine."""
+        config, trainer = self.config, self.config.trainer
+        dtype = runtime.dtype_of(trainer.dtype)
+        self.model = Transformer(config.model, config.attention, config.moe)
+        self.model.start(config.seed)
+        self.common_weights = _weights_hash(self.model)
+        self.parameters = count_parameters(self.model)
+        self.model.recompute_activations(trainer.activation_checkpointing)
+        self.model.to(self.device)
+        sections = {name: to_tree(config)[name] for name in ("model", "attention", "moe", "optim")}
+        self.identity = checkpoint.identity_of(self.model, sections)
+        per_rank = trainer.batch_rows // self.world
+        micro_rows = largest_divisor(per_rank, trainer.micro_rows)
+        self.settings = engine_settings(
+            config.parallel.zero_stage, dtype, config.parallel.reduce_dtype, config.optim.clip, micro_rows,
+            per_rank // micro_rows, self.world,
+        )  # fmt: skip
+        self.engine = Engine(self.model, build_optimizer(self.model, config.optim), self.settings)
+
+    # The run -----------------------------------------------------------------------------------------------------------
+
+    def go(self) -> int:
+        """Resume if there is something to resume, train, and leave a summary however it ends."""
+        self.signals.listen()
+        self.checkpoints = self.folder.path / "checkpoints"
+        found = on_rank_zero(lambda: checkpoint.find_newest_good(self.checkpoints, self.identity))
+        if found:
+            checkpoint.restore(found, self.engine)
+            self.loaders["train"].check_state(found.manifest["state"]["loader"])
+            self.progress = Progress(**found.manifest["state"]["progress"])
+            self.bad_steps.skipped = self.progress.skipped
+        self.metrics = on_main(self._open_metrics)
+        started, earlier = time.perf_counter(), self.progress.wall_s
+        status, code, failure = "failed", 1, None
+        try:
+            self._announce(found)
+            for row in self._steps():
+                self.progress.wall_s = earlier + time.perf_counter() - started
+                self._after_step(row)
+            self._finish()
+            status, code = "done", 0
+        except NsaTrainError as error:
+            status, code, failure = ("interrupted" if error.exit_code == 75 else "failed"), error.exit_code, error
+        finally:
+            self.progress.wall_s = earlier + time.perf_counter() - started
+            on_main(lambda: self._summarise(status, code))
+        if failure:
+            raise failure
+        return code
+
+    def _steps(self) -> Iterator[dict[str, Any]]:
+        """Take the remaining steps; yields each step's figures, equal on all ranks."""
+        trainer = self.config.trainer
+        if self.progress.step == 0:
+            self._validate()
+        self.clock = Clock()
+        for step in range(self.progress.step, trainer.steps):
+            lr = lr_at(step, trainer.steps, self.config.optim.lr, self.config.schedule)
+            self.engine.set_lr(lr)
+            labels = self.loaders["train"].label_tokens(step)
+            tokens = trainer.batch_rows * trainer.seq_len
+            loss = torch.zeros((), device=self.device)
+            load = torch.zeros(len(self.model.routers()), self.config.moe.experts, device=self.device)
+            for batch in self._timed(self.loaders["train"].micro_batches(step, runtime.rank(), self.world, trainer.micro_rows)):
+                out = self.engine(batch.tokens, batch.labels, batch.packing, trainer.loss_chunk_tokens)
+                cross_entropy = out.token_losses.sum() / labels
+                self.engine.backward(cross_entropy + self.config.moe.aux_weight * out.balance / tokens)
+                loss += cross_entropy.detach()
+                load += out.load
+            stop = torch.tensor(float(self.signals.received is not None), device=self.device)
+            sum_over_ranks(loss, load, stop)
+            mean_loss, must_stop = torch.stack([loss, stop]).tolist()  # sync: the step's only one
+            bad = self.engine.skipped
+            if not bad:
+                self.model.balance_experts(load)
+            self.progress.step = step + 1
+            yield {
+                "step": step + 1, "tokens": (step + 1) * tokens, "loss": None if bad else mean_loss, "lr": lr,
+                "grad_norm": None if bad else self.engine.gradient_norm, "skipped": bad, "stop": must_stop > 0,
+                "load": load,
+            }  # fmt: skip
+
+    def _after_step(self, row: dict[str, Any]) -> None:
+        """Log, validate, checkpoint, and stop if all ranks agreed to."""
+        trainer, step = self.config.trainer, row["step"]
+        stop, load, bad = row.pop("stop"), row.pop("load"), row["skipped"]
+        self.clock.steps += 1
+        last = step == trainer.steps
+        if step % trainer.log_every == 0 or last or bad or stop:
+            self._log(row, load)
+        if self.metrics:
+            self.metrics.progress(step)
+        self.bad_steps.note(step, bad)
+        self.progress.skipped = self.bad_steps.skipped
+        if step % trainer.val_every == 0 or last:
+            self._validate()
+        if step % trainer.checkpoint_every == 0 or last or stop:
+            self._save()
+        if stop and not last:
+            raise Interrupted(
+                f"stopped after step {step}, checkpoint written; the same command goes on from there"
+            )
+
+    def _finish(self) -> None:
+        if self.config.trainer.export:
+            on_main(
+                lambda: export_model(self.model, self.config, self.corpus / TOKENIZER, self.folder.path / "export")
+            )
+
+    # What a step needs -------------------------------------------------------------------------------------------------
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Batches on the device; the time spent here is the loop's wait for data."""
+        while True:
+            before = time.perf_counter()
+            batch = next(batches, None)
+            on_device = batch.to(self.device) if batch else None
+            self.clock.waited += time.perf_counter() - before
+            if on_device is None:
+                return
+            yield on_device
+
+    def _log(self, row: dict[str, Any], load: torch.Tensor) -> None:
+        tokens = self.config.trainer.batch_rows * self.config.trainer.seq_len * self.clock.steps
+        self.progress.last_speed = tokens / self.clock.elapsed()
+        row |= {
+            "tokens_per_s": self.progress.last_speed, "data_wait_ms": 1e3 * self.clock.waited / self.clock.steps,
+            "mem_gib": runtime.peak_memory_gib(),
+        }  # fmt: skip
+        if self.metrics:
+            self.metrics.train(row, load.tolist())
+        self.clock.reset()
+
+    def _validate(self) -> None:
+        found = evaluate(self.model, self.loaders["heldout"], self.config.trainer, self.facts["sources"], self.device)
+        self.progress.val_loss_last = found["loss"]
+        if self.progress.val_loss_first is None:
+            self.progress.val_loss_first = found["loss"]
+        tokens = self.progress.step * self.config.trainer.batch_rows * self.config.trainer.seq_len
+        if self.metrics:
+            self.metrics.validation({"step": self.progress.step, "tokens": tokens, **found})
+        if hasattr(self, "clock"):
+            self.clock.reset()
+
+    def _save(self) -> None:
+        state = {
+            "progress": vars(self.progress).copy(),
+            "loader": self.loaders["train"].state(self.progress.step),
+            "corpus_hash": self.facts["hash"],
+        }
+        checkpoint.save(
+            self.checkpoints, self.progress.step, self.engine, self.identity, state, self.config.trainer.keep_checkpoints
+        )
+        self.clock.reset()
+
+    # What people read --------------------------------------------------------------------------------------------------
+
+    def _open_metrics(self) -> Metrics:
+        before = self.folder.read_json("manifest.json") or {}
+        manifest = {
+            "corpus": {"name": self.facts["name"], "hash": self.facts["hash"]},
+            "tokenizer_sha256": self.facts["tokenizer_sha256"],
+            "common_weights_sha256": self.common_weights,
+            "commit": runtime.git_commit(),
+            "versions": runtime.versions(),
+            "device": runtime.device_name(),
+            "world_size": self.world,
+            "wandb_id": before.get("wandb_id") or secrets.token_hex(4),
+        }
+        self.folder.write("manifest.json", manifest)
+        self.folder.write("deepspeed.json", self.settings)
+        return Metrics(self.config, self.folder.path, self.progress.step, manifest)
+
+    def _announce(self, found: checkpoint.Found | None) -> None:
+        if not self.metrics:
+            return
+        config, trainer, corpus = self.config, self.config.trainer, self.facts["train"]
+        past = "  ".join(f">={at}: {share:.0%}" for at, share in corpus["share_past"].items())
+        loader = self.loaders["train"]
+        for line in (
+            f"run {self.folder.path}: {config.arm} attention, {self.parameters['total'] / 1e6:.2f}M parameters, "
+            f"{self.parameters['active'] / 1e6:.2f}M active, {self.world} x {runtime.device_name()}, "
+            f"{str(runtime.dtype_of(trainer.dtype)).removeprefix('torch.')}",
+            f"corpus {self.facts['name']} {self.facts['hash'][:12]}: {corpus['documents']} documents, "
+            f"{corpus['tokens']:,} tokens (at in-document position {past}), rows {loader.utilisation:.1%} full",
+            f"{trainer.steps} steps of {trainer.batch_rows} x {trainer.seq_len} tokens, "
+            f"{trainer.steps * trainer.batch_rows / loader.rows:.2f} epochs; unigram entropy of the held-out text "
+            f"{self.facts['unigram_entropy']:.4f} nats",
+            f"resumed from {found.path} at step {self.progress.step}" if found else "starting at step 0",
+        ):
+            self.metrics.say(line)
+
+    def _summarise(self, status: str, code: int) -> None:
+        progress, trainer = self.progress, self.config.trainer
+        summary = {
+            "status": status,
+            "steps": progress.step,
+            "tokens": progress.step * trainer.batch_rows * trainer.seq_len,
+            "val_loss_first": progress.val_loss_first,
+            "val_loss_last": progress.val_loss_last,
+            "unigram_entropy": self.facts["unigram_entropy"],
+            "exit_code": code,
+            "params_total": self.parameters["total"],
+            "params_active": self.parameters["active"],
+            "tokens_per_s": progress.last_speed,
+            "skipped_steps": progress.skipped,
+            "corpus_hash": self.facts["hash"],
+            "wall_s": progress.wall_s,
+        }
+        assert self.metrics
+        self.metrics.close(summary)
+        plot_losses(self.folder.path, self.config.name, self.facts["unigram_entropy"])
+        self.folder.write("summary.json", summary)
+        if status == "done":
+            runtime.log.info(
+                "done: held-out loss %.4f -> %.4f nats per token (unigram entropy %.4f), corpus %s, %s tok/s, "
+                "%.0f s\nrun folder: %s  (metrics.jsonl, loss.png, export/)",
+                progress.val_loss_first, progress.val_loss_last, self.facts["unigram_entropy"], self.facts["hash"][:12],
+                f"{progress.last_speed:,.0f}" if progress.last_speed else "-", progress.wall_s, self.folder.path,
+            )  # fmt: skip
+
+
+def on_main(work: Any) -> Any:
+    """The result on rank 0, None elsewhere; nobody waits."""
+    return work() if runtime.rank() == 0 else None
+
+
+def _weights_hash(model: Transformer) -> str:
+    """sha256 over the initial values that `full` and `nsa` share; equal hashes make their comparison fair."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if not any(part in name for part in ARM_ONLY):
+            digest.update(name.encode())
+            digest.update(parameter.detach().numpy().tobytes())
+    return digest.hexdigest()
