@@ -32,10 +32,12 @@ def _prepare(overrides: list[str]) -> int:
     from nsa_train.data.prepare import prepare
     from nsa_train.data.store import read_manifest
 
-    folder = prepare(config.data, config.model.vocab, config.seed, lambda line: runtime.log.info("%s", line))
+    folder = prepare(config.data, config.model.vocab, lambda line: runtime.log.info("%s", line))
     facts = read_manifest(folder)
     for split in ("train", "heldout"):
-        runtime.log.info("%-8s %6d documents  %12s tokens", split, facts[split]["documents"], f"{facts[split]['tokens']:,}")
+        runtime.log.info(
+            "%-8s %6d documents  %12s tokens", split, facts[split]["documents"], f"{facts[split]['tokens']:,}"
+        )
     runtime.log.info("unigram entropy of the held-out text: %.4f nats per token", facts["unigram_entropy"])
     runtime.log.info("hash %s\n%s", facts["hash"], folder)
     return 0
@@ -47,7 +49,7 @@ def _tokenizer(overrides: list[str]) -> int:
     from nsa_train.data.prepare import prepare
     from nsa_train.data.store import TOKENIZER, read_manifest
 
-    folder = prepare(config.data, config.model.vocab, config.seed, lambda line: runtime.log.info("%s", line))
+    folder = prepare(config.data, config.model.vocab, lambda line: runtime.log.info("%s", line))
     facts = read_manifest(folder)
     heldout = facts["heldout"]
     runtime.log.info(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("nsa_train")
-STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def rank() -> int:

@@ -82,13 +82,13 @@ def _compose(overrides: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             cfg = compose("config", [_as_hydra(text) for text in overrides], return_hydra_config=True)
         choices = dict(cfg.hydra.runtime.choices)
-        raw = OmegaConf.to_container(cfg, resolve=False)
+        raw = typing.cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=False))
         resolvers = sorted(set(re.findall(r"\$\{[a-zA-Z_.]+:", str({k: v for k, v in raw.items() if k != "hydra"}))))
         if resolvers:
             raise ConfigError(f"{resolvers[0]}...}} is not allowed: recipes are data; write the value itself")
         OmegaConf.set_struct(cfg, False)
         cfg.pop("hydra")
-        return OmegaConf.to_container(cfg, resolve=True), choices
+        return typing.cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True)), choices
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()
         raise ConfigError("the configuration does not compose: " + " ".join(reason[:4])) from error

@@ -32,6 +32,7 @@ class ModelConfig:
     key_dim: int  # D
     value_dim: int  # Dv
     dense_layers: int  # first layers whose MLP is dense; the others are mixtures of experts
+    max_seq_len: int  # longest row the positions are meant for
     rope_theta: float
     norm_eps: float
     tied_embeddings: bool
@@ -39,7 +40,7 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         found = _not_positive(self, "vocab", "layers", "width", "heads", "kv_heads", "key_dim", "value_dim")
-        found += _not_positive(self, "rope_theta", "norm_eps", "init_std")
+        found += _not_positive(self, "max_seq_len", "rope_theta", "norm_eps", "init_std")
         if self.kv_heads > 0 and self.heads % self.kv_heads:
             found.append(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
         if self.key_dim % 2:
@@ -267,6 +268,13 @@ class Config:
             found.append(f"name={self.name!r} may hold letters, digits and . _ - only")
         if self.seed < 0:
             found.append(f"seed={self.seed} must not be negative")
+        if self.trainer.seq_len > self.model.max_seq_len:
+            found.append(
+                f"trainer.seq_len={self.trainer.seq_len} is beyond model.max_seq_len={self.model.max_seq_len}; "
+                "shorten the row, or raise the model's limit"
+            )
+        if self.trainer.seq_len < 2:
+            found.append(f"trainer.seq_len={self.trainer.seq_len} leaves nothing to predict; use at least 2")
         if self.parallel.zero_stage == 1 and self.trainer.dtype == "bf16":
             found.append("parallel.zero_stage=1 sums bf16 gradients in bf16; use parallel.zero_stage=2")
         return found

@@ -26,25 +26,26 @@ from nsa_train.data.tokenizer import Tokenizer, train_tokenizer
 from nsa_train.errors import DataError, StorageError
 
 PROGRESS_S = 5.0
+SAMPLE_SEED = 0  # of the tokenizer's lines: runs of different seeds share one corpus
 LICENCES = {"stdlib": "PSF-2.0"}
 NOT_IN_KEY = ("prepared_dir", "max_documents")  # where the result lies, and what the loader does with it
 
 
-def prepare(data: DataConfig, vocab: int, seed: int, progress: Callable[[str], None]) -> Path:
+def prepare(data: DataConfig, vocab: int, progress: Callable[[str], None]) -> Path:
     """The folder of the tokenised corpus; built on the first call, found again by every later one.
 
-    The folder is named after everything that decides its content, so a changed input gets a new folder. `seed` draws
-    the lines that the tokenizer is trained on. `progress` gets a line every few seconds. Safe against a kill and
+    The folder is named after everything that decides its content, so a changed input gets a new folder.
+    `progress` gets a line every few seconds. Safe against a kill and
     against other processes that prepare the same corpus.
     Raises DataError for unusable input, StorageError where the folder cannot be written.
     """
     base = Path(data.prepared_dir)
-    folder = base / f"{data.name}-{_key(data, vocab, seed)}"
+    folder = base / f"{data.name}-{_key(data, vocab)}"
     building = base / f".{folder.name}-{uuid.uuid4().hex[:8]}"
     try:
         if not folder.exists():
             building.mkdir(parents=True)
-            _build(data, vocab, seed, building, progress)
+            _build(data, vocab, building, progress)
             _publish(building, folder)
     except OSError as error:
         place, reason = error.filename or building, error.strerror or error
@@ -63,7 +64,7 @@ def _publish(building: Path, folder: Path) -> None:
             raise
 
 
-def _key(data: DataConfig, vocab: int, seed: int) -> str:
+def _key(data: DataConfig, vocab: int) -> str:
     section = {key: value for key, value in dataclasses.asdict(data).items() if key not in NOT_IN_KEY}
     paths = [*data.heldout_paths, *(data.paths if data.source == "files" else ())]
     stats = [(str(path.relative_to(data.root)), path.stat()) for path in input_files(data.root, paths)]
@@ -71,7 +72,6 @@ def _key(data: DataConfig, vocab: int, seed: int) -> str:
         "schema": SCHEMA,
         "data": section,
         "vocab": vocab,
-        "seed": seed,
         "files": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
         "tokenizer": Tokenizer.load(data.tokenizer).sha256 if data.tokenizer else None,
         "python": platform.python_version() if data.source == "stdlib" else None,
@@ -79,8 +79,8 @@ def _key(data: DataConfig, vocab: int, seed: int) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _build(data: DataConfig, vocab: int, seed: int, folder: Path, progress: Callable[[str], None]) -> None:
-    tokenizer = _tokenizer(data, vocab, seed, folder / TOKENIZER, progress)
+def _build(data: DataConfig, vocab: int, folder: Path, progress: Callable[[str], None]) -> None:
+    tokenizer = _tokenizer(data, vocab, folder / TOKENIZER, progress)
     dtype = np.dtype("<u2" if vocab <= 65536 else "<u4")
     names: dict[str, int] = {}
     written = {split: _write_split(data, split, folder / split, tokenizer, dtype, names, progress) for split in SPLITS}
@@ -108,12 +108,12 @@ def _build(data: DataConfig, vocab: int, seed: int, folder: Path, progress: Call
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _tokenizer(data: DataConfig, vocab: int, seed: int, path: Path, progress: Callable[[str], None]) -> Tokenizer:
+def _tokenizer(data: DataConfig, vocab: int, path: Path, progress: Callable[[str], None]) -> Tokenizer:
     """The given tokenizer, copied to `path`, or one trained on the training split."""
     if data.tokenizer is None:
         progress(f"{data.name}: training a {data.tokenizer_kind} tokenizer of {vocab} pieces")
         texts = (document.text for document in documents(data, "train"))
-        return train_tokenizer(texts, vocab, data.tokenizer_kind, data.tokenizer_sample_mb, seed, path)
+        return train_tokenizer(texts, vocab, data.tokenizer_kind, data.tokenizer_sample_mb, SAMPLE_SEED, path)
     tokenizer = Tokenizer.load(data.tokenizer)
     if tokenizer.vocab != vocab:
         raise DataError(

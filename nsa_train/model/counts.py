@@ -33,7 +33,7 @@ def part_of(name: str) -> str:
 
 
 def parameters_by_part(model: Transformer) -> dict[str, tuple[int, int]]:
-    """part -> (total, active): a token uses top_k of the routed experts; embedding and head are not counted as active."""
+    """part -> (total, active): a token uses top_k of the routed experts; embedding and head count as not active."""
     counts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
         part, total = part_of(name), parameter.numel()

@@ -37,12 +37,13 @@ class NSATrainConfig(PretrainedConfig):
         self.model, self.attention, self.moe = model or {}, attention or {}, moe or {}
         self.vocab_size, self.hidden_size = self.model.get("vocab"), self.model.get("width")
         self.num_hidden_layers, self.use_cache = self.model.get("layers"), False
+        self.max_position_embeddings = self.model.get("max_seq_len")
         super().__init__(**{"tie_word_embeddings": bool(self.model.get("tied_embeddings")), **kwargs})
 
     @staticmethod
     def of(model: ModelConfig, attention: AttentionConfig, moe: MoEConfig, **kwargs: Any) -> NSATrainConfig:
-        parts = {"model": model, "attention": attention, "moe": moe}
-        return NSATrainConfig(**{name: dataclasses.asdict(part) for name, part in parts.items()}, **kwargs)
+        sections = dataclasses.asdict(model), dataclasses.asdict(attention), dataclasses.asdict(moe)
+        return NSATrainConfig(*sections, **kwargs)
 
     def build(self) -> Transformer:
         attention = {**self.attention, "branches": tuple(self.attention["branches"])}
@@ -79,6 +80,8 @@ class NSATrainForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutput:
         """labels [B, S] as usual in transformers: shifted here, -100 ignored. Padding becomes documents of its own."""
         B, S = input_ids.shape
+        if self.config.max_position_embeddings < S:
+            raise ValueError(f"{S} tokens are beyond the model's max_seq_len={self.config.max_position_embeddings}")
         lengths = [S] * B if attention_mask is None else _document_lengths(attention_mask)
         logits = self.transformer.logits(input_ids.flatten(), Packing.from_lengths(lengths).to(input_ids.device))
         logits = logits.view(B, S, -1)

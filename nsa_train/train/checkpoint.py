@@ -167,8 +167,8 @@ def _storage_problem(error: Exception, place: Path) -> str:
 
 
 def _python_random_state() -> str:
-    kind, keys, position, has_gauss, gauss = numpy.random.get_state()  # type: ignore[misc]
-    return json.dumps({"python": random.getstate(), "numpy": [kind, keys.tolist(), position, has_gauss, gauss]})  # type: ignore[union-attr]
+    state: Any = numpy.random.get_state()
+    return json.dumps({"python": random.getstate(), "numpy": [state[0], state[1].tolist(), *state[2:]]})
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -1,6 +1,6 @@
 """The run folder: claimed by one job, bound to one configuration, and what stands in it beside checkpoints.
 
-    runs/<name>/  config.yaml  manifest.json  deepspeed.json  metrics.jsonl  summary.json  checkpoints/  export/
+runs/<name>/  config.yaml  manifest.json  deepspeed.json  metrics.jsonl  summary.json  checkpoints/  export/
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from pathlib import Path
 from typing import IO, Any
 
 import yaml
@@ -72,7 +71,8 @@ class RunFolder:
         changed = [
             f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+            if before.get(key) != now.get(key)
+            and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
         ]
         if changed:
             raise RunFolderError(

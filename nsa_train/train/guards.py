@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 
 from nsa_train.errors import DivergedError
 
+SAME_CTRL_C_S = 2.0
+
 
 class StopSignals:
-    """SIGTERM, SIGINT and SIGUSR1 only raise a flag; the loop finishes its step. A second Ctrl-C stops at once."""
+    """SIGTERM, SIGINT and SIGUSR1 only raise a flag; the loop finishes its step. A second Ctrl-C stops at once.
+
+    Second means seconds later: a terminal sends one Ctrl-C to torchrun and to us, and torchrun passes its own on.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._first_s = 0.0
 
     def listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.received is None:
+            self.received, self._first_s = signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._first_s > SAME_CTRL_C_S:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
 
 
 class BadSteps:

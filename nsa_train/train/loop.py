@@ -6,7 +6,7 @@ import hashlib
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from nsa_train.config.load import to_tree
 from nsa_train.data.loader import Batch, Loader, largest_divisor
 from nsa_train.data.prepare import prepare
 from nsa_train.data.store import TOKENIZER, TokenStore
-from nsa_train.errors import ConfigError, Interrupted, NsaTrainError
+from nsa_train.errors import ConfigError, Interrupted, NsaTrainError, StorageError
 from nsa_train.model.counts import count_parameters
 from nsa_train.model.transformer import Transformer
 from nsa_train.parallel.engine import Engine, engine_settings, on_rank_zero, start_processes, sum_over_ranks
@@ -41,11 +41,17 @@ def train(config: schema.Config) -> int:
     folder = RunFolder(config)
     try:
         on_rank_zero(folder.claim)
-        done = on_rank_zero(lambda: _finished(folder))
-        if done:
-            runtime.log.info("%s", done)
+        if finished := on_rank_zero(lambda: _finished(folder)):
+            runtime.log.info("%s", finished)
             return 0
-        return _Run(config, folder, device).go()
+        try:
+            run = _Run(config, folder, device)
+        except NsaTrainError:
+            on_main(
+                lambda: folder.write("summary.json", {"status": "failed", "steps": 0, "exit_code": error.exit_code})
+            )
+            raise
+        return run.go()
     finally:
         folder.release()
 
@@ -69,7 +75,7 @@ class Progress:
     val_loss_first: float | None = None
     val_loss_last: float | None = None
     wall_s: float = 0.0  # of training so far, earlier launches included
-    last_speed: float | None = field(default=None)  # tokens per second
+    last_speed: float | None = None  # tokens per second
 
 
 class _Run:
@@ -82,11 +88,7 @@ class _Run:
                 "change one of them"
             )
         runtime.seed_everything(config.seed)
-        self.corpus = Path(
-            on_rank_zero(
-                lambda: str(prepare(config.data, config.model.vocab, config.seed, lambda line: runtime.log.info("%s", line)))
-            )
-        )
+        self.corpus = Path(on_rank_zero(lambda: str(prepare(config.data, config.model.vocab, runtime.log.info))))
         stores = {split: TokenStore.open(self.corpus, split) for split in ("train", "heldout")}
         self.facts = stores["train"].manifest
         trainer, rows = config.trainer, config.trainer.batch_rows
@@ -96,7 +98,10 @@ class _Run:
         }
         self._build()
         self.signals = StopSignals()
+        self.clock = Clock()
         self.progress = Progress()
+        self.metrics: Metrics | None = None
+        self.started, self.earlier = time.perf_counter(), 0.0
         self.bad_steps = BadSteps(trainer.max_bad_steps)
 
     def _build(self) -> None:
@@ -119,10 +124,24 @@ class _Run:
         )  # fmt: skip
         self.engine = Engine(self.model, build_optimizer(self.model, config.optim), self.settings)
 
-    # The run -----------------------------------------------------------------------------------------------------------
+    # The run ----------------------------------------------------------------------------------------------------------
 
     def go(self) -> int:
-        """Resume if there is something to resume, train, and leave a summary however it ends."""
+        """Train, and leave a summary however it ends."""
+        try:
+            self._resume_and_train()
+        except (NsaTrainError, OSError) as error:
+            failure = _storage_failure(error)
+            code = failure.exit_code if isinstance(failure, NsaTrainError) else 1
+            on_main(lambda: self._summarise("interrupted" if code == Interrupted.exit_code else "failed", code))
+            raise failure from error
+        except BaseException:
+            on_main(lambda: self._summarise("failed", 1))
+            raise
+        on_main(lambda: self._summarise("done", 0))
+        return 0
+
+    def _resume_and_train(self) -> None:
         self.signals.listen()
         self.checkpoints = self.folder.path / "checkpoints"
         found = on_rank_zero(lambda: checkpoint.find_newest_good(self.checkpoints, self.identity))
@@ -132,30 +151,20 @@ class _Run:
             self.progress = Progress(**found.manifest["state"]["progress"])
             self.bad_steps.skipped = self.progress.skipped
         self.metrics = on_main(self._open_metrics)
-        started, earlier = time.perf_counter(), self.progress.wall_s
-        status, code, failure = "failed", 1, None
-        try:
-            self._announce(found)
-            for row in self._steps():
-                self.progress.wall_s = earlier + time.perf_counter() - started
-                self._after_step(row)
-            self._finish()
-            status, code = "done", 0
-        except NsaTrainError as error:
-            status, code, failure = ("interrupted" if error.exit_code == 75 else "failed"), error.exit_code, error
-        finally:
-            self.progress.wall_s = earlier + time.perf_counter() - started
-            on_main(lambda: self._summarise(status, code))
-        if failure:
-            raise failure
-        return code
+        self.earlier = self.progress.wall_s
+        self._announce(found)
+        for row in self._steps():
+            self._after_step(row)
+        if self.config.trainer.export:
+            target = self.folder.path / "export"
+            on_main(lambda: export_model(self.model, self.config, self.corpus / TOKENIZER, target))
 
     def _steps(self) -> Iterator[dict[str, Any]]:
         """Take the remaining steps; yields each step's figures, equal on all ranks."""
         trainer = self.config.trainer
         if self.progress.step == 0:
             self._validate()
-        self.clock = Clock()
+        self.clock.reset()
         for step in range(self.progress.step, trainer.steps):
             lr = lr_at(step, trainer.steps, self.config.optim.lr, self.config.schedule)
             self.engine.set_lr(lr)
@@ -163,7 +172,9 @@ class _Run:
             tokens = trainer.batch_rows * trainer.seq_len
             loss = torch.zeros((), device=self.device)
             load = torch.zeros(len(self.model.routers()), self.config.moe.experts, device=self.device)
-            for batch in self._timed(self.loaders["train"].micro_batches(step, runtime.rank(), self.world, trainer.micro_rows)):
+            for batch in self._timed(
+                self.loaders["train"].micro_batches(step, runtime.rank(), self.world, trainer.micro_rows)
+            ):
                 out = self.engine(batch.tokens, batch.labels, batch.packing, trainer.loss_chunk_tokens)
                 cross_entropy = out.token_losses.sum() / labels
                 self.engine.backward(cross_entropy + self.config.moe.aux_weight * out.balance / tokens)
@@ -199,17 +210,9 @@ class _Run:
         if step % trainer.checkpoint_every == 0 or last or stop:
             self._save()
         if stop and not last:
-            raise Interrupted(
-                f"stopped after step {step}, checkpoint written; the same command goes on from there"
-            )
+            raise Interrupted(f"stopped after step {step}, checkpoint written; the same command goes on from there")
 
-    def _finish(self) -> None:
-        if self.config.trainer.export:
-            on_main(
-                lambda: export_model(self.model, self.config, self.corpus / TOKENIZER, self.folder.path / "export")
-            )
-
-    # What a step needs -------------------------------------------------------------------------------------------------
+    # What a step needs ------------------------------------------------------------------------------------------------
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Batches on the device; the time spent here is the loop's wait for data."""
@@ -241,21 +244,29 @@ class _Run:
         tokens = self.progress.step * self.config.trainer.batch_rows * self.config.trainer.seq_len
         if self.metrics:
             self.metrics.validation({"step": self.progress.step, "tokens": tokens, **found})
-        if hasattr(self, "clock"):
-            self.clock.reset()
+        self.clock.reset()
 
     def _save(self) -> None:
+        self.progress.wall_s = self._wall_s()
         state = {
             "progress": vars(self.progress).copy(),
             "loader": self.loaders["train"].state(self.progress.step),
             "corpus_hash": self.facts["hash"],
         }
         checkpoint.save(
-            self.checkpoints, self.progress.step, self.engine, self.identity, state, self.config.trainer.keep_checkpoints
+            self.checkpoints,
+            self.progress.step,
+            self.engine,
+            self.identity,
+            state,
+            self.config.trainer.keep_checkpoints,
         )
         self.clock.reset()
 
-    # What people read --------------------------------------------------------------------------------------------------
+    def _wall_s(self) -> float:
+        return self.earlier + time.perf_counter() - self.started
+
+    # What people read -------------------------------------------------------------------------------------------------
 
     def _open_metrics(self) -> Metrics:
         before = self.folder.read_json("manifest.json") or {}
@@ -307,19 +318,26 @@ class _Run:
             "tokens_per_s": progress.last_speed,
             "skipped_steps": progress.skipped,
             "corpus_hash": self.facts["hash"],
-            "wall_s": progress.wall_s,
+            "wall_s": self._wall_s(),
         }
-        assert self.metrics
-        self.metrics.close(summary)
-        plot_losses(self.folder.path, self.config.name, self.facts["unigram_entropy"])
         self.folder.write("summary.json", summary)
+        if self.metrics:
+            self.metrics.close(summary)
+            plot_losses(self.folder.path, self.config.name, self.facts["unigram_entropy"])
         if status == "done":
             runtime.log.info(
                 "done: held-out loss %.4f -> %.4f nats per token (unigram entropy %.4f), corpus %s, %s tok/s, "
                 "%.0f s\nrun folder: %s  (metrics.jsonl, loss.png, export/)",
                 progress.val_loss_first, progress.val_loss_last, self.facts["unigram_entropy"], self.facts["hash"][:12],
-                f"{progress.last_speed:,.0f}" if progress.last_speed else "-", progress.wall_s, self.folder.path,
+                f"{progress.last_speed:,.0f}" if progress.last_speed else "-", self._wall_s(), self.folder.path,
             )  # fmt: skip
+
+
+def _storage_failure(error: Exception) -> Exception:
+    """A full disk as StorageError; any other error as it is."""
+    if isinstance(error, OSError) and error.errno in runtime.STORAGE_ERRORS:
+        return StorageError(f"{error.filename or 'the disk'}: {error.strerror}; free some space and run again")
+    return error
 
 
 def on_main(work: Any) -> Any:

@@ -47,7 +47,8 @@ class Metrics:
         self._corpus = manifest["corpus"]["hash"][:12]
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), console=Console(file=sys.stdout), disable=not sys.stdout.isatty(),
+            TextColumn("left"), TimeRemainingColumn(),
+            console=Console(file=sys.stdout), disable=not sys.stdout.isatty(),
         )  # fmt: skip
         self._task = self._bar.add_task("training", total=config.trainer.steps, completed=step)
         self._bar.start()
