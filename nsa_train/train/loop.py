@@ -46,10 +46,9 @@ def train(config: schema.Config) -> int:
             return 0
         try:
             run = _Run(config, folder, device)
-        except NsaTrainError:
-            on_main(
-                lambda: folder.write("summary.json", {"status": "failed", "steps": 0, "exit_code": error.exit_code})
-            )
+        except NsaTrainError as error:
+            outcome = {"status": "failed", "steps": 0, "exit_code": error.exit_code}
+            on_main(lambda: folder.write("summary.json", outcome))
             raise
         return run.go()
     finally:
