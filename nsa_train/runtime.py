@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import nsa_train
+
 if TYPE_CHECKING:
     import torch
 
@@ -125,8 +127,8 @@ def versions() -> dict[str, str]:
     """Versions of the packages that decide a result."""
     from importlib import metadata
 
-    found = {"python": sys.version.split()[0]}
-    for package in ("nsa_train", "torch", "triton", "deepspeed", "transformers", "numpy", "sentencepiece", "wandb"):
+    found = {"python": sys.version.split()[0], "nsa_train": nsa_train.__version__}
+    for package in ("torch", "triton", "deepspeed", "transformers", "numpy", "sentencepiece", "wandb"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -41,6 +41,9 @@ def dense_attention(
     G = q.shape[1] // k.shape[1]
     outputs = []
     for qd, kd, vd in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        if len(qd) == 1:  # a lone token sees itself only, and cuDNN refuses it
+            outputs.append(vd.repeat_interleave(G, dim=1))
+            continue
         mask = None if window is None or len(qd) <= window else win_visible(len(qd), window, q.device)
         heads = [x.transpose(0, 1)[None] for x in (qd, kd, vd)]  # [1, heads, L, width]
         if backend == SDPBackend.EFFICIENT_ATTENTION:  # the only one here that refuses grouped heads
