@@ -125,6 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
         return COMMANDS[args.command](args.overrides)
     except NsaTrainError as error:
         code, message = error.exit_code, str(error)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
     except OSError as error:
         if error.errno not in runtime.STORAGE_ERRORS:
             raise

@@ -106,6 +106,7 @@ def fault_point(name: str) -> None:
 
 def setup_console() -> None:
     """Our own lines at INFO on rank 0; other libraries and other ranks only when something is wrong."""
+    logging.raiseExceptions = False  # a closed pipe (`| head`) is no event worth a traceback a line
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
 

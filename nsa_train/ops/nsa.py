@@ -67,8 +67,10 @@ def nsa_attention(
 
 
 def _check_shapes(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, spec, cu_seqlens, blocks) -> None:
+    if q.ndim != 3 or v_slc.ndim != 3:
+        raise ValueError(f"nsa_attention: q is {tuple(q.shape)} and v_slc {tuple(v_slc.shape)}, not [T, heads, width]")
     T, Hq, D = q.shape
-    Hk, Dv = v_slc.shape[-2:]
+    Hk, Dv = v_slc.shape[1:]
     C = k_cmp.shape[0]
     wanted = {
         "k_cmp": (k_cmp, (C, Hk, D)), "v_cmp": (v_cmp, (C, Hk, Dv)), "k_slc": (k_slc, (T, Hk, D)),

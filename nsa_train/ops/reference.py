@@ -240,6 +240,11 @@ def nsa_reference(
 ) -> tuple[Tensor, NSADetails]:  # fmt: skip
     """The whole op over packed documents; arguments as in `nsa_train.ops.nsa.nsa_attention`."""
     bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != len(q) or bounds != sorted(bounds):
+        raise ValueError(f"cu_seqlens={bounds} must ascend from 0 to T={len(q)}")
+    needed = sum(compressed_length(b - a, spec) for a, b in pairwise(bounds))
+    if len(k_cmp) < needed:
+        raise ValueError(f"k_cmp has {len(k_cmp)} rows, but the documents have {needed} compressed keys")
     parts, first = [], 0
     for a, b in pairwise(bounds):
         if a == b:

@@ -43,6 +43,11 @@ def start_processes(device: torch.device, timeout_s: int) -> None:
         )  # fmt: skip
 
 
+def stop_processes() -> None:
+    """Leave the process group; NCCL complains about ranks that just go."""
+    dist.destroy_process_group()
+
+
 def on_rank_zero(work: Callable[[], T]) -> T:
     """Rank 0 does the work, every rank gets its result, or its NsaTrainError."""
     outcome: list[Any] = [None, None]

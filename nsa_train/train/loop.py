@@ -21,7 +21,14 @@ from nsa_train.data.store import TOKENIZER, TokenStore
 from nsa_train.errors import ConfigError, Interrupted, NsaTrainError, StorageError
 from nsa_train.model.counts import count_parameters
 from nsa_train.model.transformer import Transformer
-from nsa_train.parallel.engine import Engine, engine_settings, on_rank_zero, start_processes, sum_over_ranks
+from nsa_train.parallel.engine import (
+    Engine,
+    engine_settings,
+    on_rank_zero,
+    start_processes,
+    stop_processes,
+    sum_over_ranks,
+)
 from nsa_train.train import checkpoint
 from nsa_train.train.evaluate import evaluate
 from nsa_train.train.export import export_model
@@ -53,6 +60,7 @@ def train(config: schema.Config) -> int:
         return run.go()
     finally:
         folder.release()
+        stop_processes()
 
 
 def _finished(folder: RunFolder) -> str | None:

@@ -1,0 +1,68 @@
+"""Put the figures of docs/results/ into README.md, between <!-- table: NAME --> and <!-- end -->.
+
+python scripts/readme_tables.py           # write
+python scripts/readme_tables.py --check   # exit 1 if README says something else than the JSON
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+
+
+def first_run() -> str:
+    """One line per machine and arm of `make train`."""
+    lines = [
+        "| machine | attention | held-out loss, nats per token | unigram entropy | tokens/s | whole command | commit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(RESULTS.glob("first_run_*.json")):
+        result = json.loads(path.read_text())
+        device = result["device"]
+        machine = (
+            f"1 x {device['name']}, bf16" if device["sm"] else f"{device['count']} cores of {device['name']}, fp32"
+        )
+        for row in result["rows"]:
+            if "error" in row:
+                lines.append(f"| {machine} | {row['attention']} | {row['error']} | | | | |")
+                continue
+            lines.append(
+                f"| {machine} | `{row['attention']}` | {row['val_loss_first']:.2f} -> **{row['val_loss_last']:.2f}** | "
+                f"{row['unigram_entropy']:.2f} | {row['tokens_per_s']:,.0f} | {row['command_s']:.0f} s | "
+                f"{(result['commit'] or '-')[:7]} |"
+            )
+    return "\n".join(lines)
+
+
+TABLES = {"first_run": first_run}
+
+
+def filled(text: str) -> str:
+    for name, table in TABLES.items():
+        text, found = re.subn(
+            rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{table()}\n{m[2]}", text, flags=re.DOTALL
+        )
+        if not found:
+            raise SystemExit(f"README.md has no place for the table {name}")
+    return text
+
+
+def main() -> int:
+    path = ROOT / "README.md"
+    before = path.read_text()
+    after = filled(before)
+    if "--check" in sys.argv:
+        if before != after:
+            print("README.md differs from docs/results/: run python scripts/readme_tables.py", file=sys.stderr)
+        return int(before != after)
+    path.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

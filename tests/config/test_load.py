@@ -1,0 +1,194 @@
+"""From YAML and command line to a checked Config: what composes, what is refused, and in which words."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from nsa_train.config import schema
+from nsa_train.config.load import CONFIG_DIR, GROUPS, config_from_tree, load_config, options, to_tree, to_yaml
+from nsa_train.errors import ConfigError
+
+OPTIONS = [f"{group}={name}" for group in GROUPS for name in options(group)]
+# What an option needs beside it: rules between groups that the option alone breaks on purpose.
+BESIDE = {"data=files": ["data.paths=[train.jsonl]"]}
+SECTIONS = {f.name: f for f in dataclasses.fields(schema.Config) if f.name in GROUPS and f.name != "experiment"}
+COMPLETE = {
+    "model": "tiny", "attention": "nsa", "moe": "tiny", "data": "stdlib", "optim": "adamw", "schedule": "cosine",
+    "parallel": "zero2", "trainer": "default", "logging": "default",
+}  # fmt: skip
+
+
+def refusal(*overrides):
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides)
+    return str(caught.value)
+
+
+def keys_of(group):
+    return {f.name for f in dataclasses.fields(getattr(load_config(), group))}
+
+
+def written(group, name):
+    return yaml.safe_load((CONFIG_DIR / group / f"{name}.yaml").read_text())
+
+
+# What composes --------------------------------------------------------------------------------------------------------
+
+
+def test_no_argument_is_the_tiny_nsa_run():
+    config = load_config()
+    assert (config.name, config.experiment, config.arm) == ("tiny-nsa", "tiny", "nsa")
+    assert config.run_dir.parts[-1] == "tiny-nsa"
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_and_is_legal(option):
+    group, _, name = option.partition("=")
+    config = load_config([option, *BESIDE.get(option, [])])
+    assert config.problems() == []
+    if group == "experiment":
+        assert config.experiment == name
+        assert config.name == f"{name}-nsa"
+    else:
+        section = to_tree(config)[group]
+        changed_by_experiment = (yaml.safe_load((CONFIG_DIR / "experiment/tiny.yaml").read_text())).get(group, {})
+        for key, value in written(group, name).items():
+            if key != "defaults" and key not in changed_by_experiment and f"{group}.{key}" not in str(BESIDE):
+                assert section[key] == value, key
+
+
+@pytest.mark.parametrize("arm", options("attention"))
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_takes_every_arm_and_arms_differ_in_nothing_else(experiment, arm):
+    config, nsa = (load_config([f"experiment={experiment}", f"attention={a}"]) for a in (arm, "nsa"))
+    assert config.name == f"{experiment}-{arm}"
+    a, b = to_tree(config), to_tree(nsa)
+    differing = {key for key in a["attention"] if a["attention"][key] != b["attention"][key]}
+    assert differing <= {"branches", "gate", "phi", "shared_kv", "selection"}
+    assert {key for key in a if a[key] != b[key]} <= {"attention", "arm", "name"}
+
+
+def test_full_attention_and_nsa_differ_in_branches_and_gate():
+    nsa, full = load_config().attention, load_config(["attention=full"]).attention
+    assert {k for k in vars(nsa) if getattr(nsa, k) != getattr(full, k)} == {"branches", "gate"}
+
+
+def test_the_command_line_wins_over_the_experiment_and_the_experiment_over_the_group():
+    assert written("trainer", "default")["seq_len"] != load_config().trainer.seq_len == 512
+    config = load_config(["trainer.seq_len=256", "seed=7", "name=mine"])
+    assert (config.trainer.seq_len, config.seed, config.name) == (256, 7, "mine")
+
+
+def test_an_integer_is_taken_for_a_number_and_a_list_for_a_tuple():
+    config = load_config(["optim.lr=1", "attention.branches=[full]", "logging.tags=[a,b]"])
+    assert isinstance(config.optim.lr, float)
+    assert config.attention.branches == ("full",)
+    assert config.logging.tags == ("a", "b")
+
+
+@pytest.mark.parametrize("option", ["experiment=tiny", "experiment=paper_27b", "attention=full", "schedule=wsd"])
+def test_yaml_of_a_config_reads_back_equal(option):
+    config = load_config([option])
+    assert config_from_tree(yaml.safe_load(to_yaml(config))) == config
+
+
+@pytest.mark.parametrize("group", COMPLETE)
+def test_one_file_of_a_group_lists_every_key_and_the_others_only_what_differs(group):
+    assert set(COMPLETE) == set(SECTIONS)
+    keys = keys_of(group)
+    assert set(written(group, COMPLETE[group])) == keys
+    for name in options(group):
+        if name != COMPLETE[group]:
+            variant = written(group, name)
+            assert "_self_" in variant["defaults"], name
+            assert set(variant) - {"defaults"} < keys, name
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("attention.windw=128", "attention.windw: no such key; did you mean window?"),
+        ("sed=1", "sed: no such key; did you mean seed?"),
+        ("trainer.seq_len=long", "trainer.seq_len='long' must be an integer"),
+        ("trainer.seq_len=64.5", "trainer.seq_len=64.5 must be an integer"),
+        ("trainer.steps=true", "trainer.steps=True must be an integer"),
+        ("optim.lr=fast", "optim.lr='fast' must be a number"),
+        ("optim.lr=nan", "optim.lr=nan must be a finite number"),
+        ("attention.gate=1", "attention.gate=1 must be true or false"),
+        ("attention.phi=mpl", "attention.phi='mpl' must be one of mlp, linear, gated_pool, mean; did you mean mlp?"),
+        ("logging.tags=a", "logging.tags='a' must be a list"),
+        ("model=5", "model=5: no such option"),
+        ("seed=null", "seed=None must be an integer"),
+        ("attention=nsaa", "attention=nsaa: no such option; did you mean nsa?; there are full, full_gated, nsa, window"),
+        ("experiment=big", "experiment=big: no such option; there are m, paper_27b, r1, r2, tiny"),
+        ("+seed=1", "'+seed=1': only plain key=value is accepted"),
+        ("~seed=1", "only plain key=value is accepted"),
+        ("hydra.run.dir=x", "only plain key=value is accepted"),
+        ("model@attention=tiny", "only plain key=value is accepted"),
+        ("seed", "'seed' is no key=value"),
+        ("name=${oc.env:HOME}", "is not allowed: recipes are data"),
+        ("name=../mine", "name='../mine' may hold letters, digits and . _ - only"),
+        ("name=.hidden", "name='.hidden' may hold letters, digits and . _ - only"),
+        ("data.name=a/b", "data.name='a/b' may hold letters, digits and . _ - only"),
+        ("data.paths=[../secret.txt]", "../secret.txt leaves data.root=."),
+        ("data.heldout_paths=[/etc/passwd]", "/etc/passwd leaves data.root=."),
+        ("data=files", "data.paths is empty"),
+        ("seed=-1", "seed=-1 must not be negative"),
+        ("model.heads=3", "model.heads=3 is not a multiple of kv_heads=2"),
+        ("model.key_dim=33", "model.key_dim=33 must be even"),
+        ("model.vocab=256", "model.vocab=256 leaves no room"),
+        ("model.dense_layers=9", "model.dense_layers=9 must lie between 0 and layers=4"),
+        ("attention.cmp_stride=3", "attention.cmp_stride=3 must divide cmp_block=8"),
+        ("attention.slc_block=10", "attention.cmp_stride=4 must divide slc_block=10"),
+        ("attention.slc_count=2", "attention.slc_count=2 is less than the forced blocks slc_init + slc_local = 3"),
+        ("attention.window=0", "attention.window=0 must be positive"),
+        ("attention.branches=[cmp,win]", "attention.branches=[cmp,win] is not trainable; use [full] or"),
+        ("attention.gate=false", "attention.gate=False needs a single branch"),
+        ("moe.top_k=9", "moe.top_k=9 must lie between 1 and experts=8"),
+        ("optim.beta2=1", "optim.beta2=1.0 must lie in [0, 1)"),
+        ("schedule.warmup_share=1", "schedule.warmup_share=1.0 must lie in [0, 1)"),
+        ("parallel.zero_stage=3", "parallel.zero_stage=3 must be 1 or 2"),
+        ("trainer.seq_len=70000", "trainer.seq_len=70000 is beyond model.max_seq_len=65536"),
+        ("trainer.seq_len=1", "trainer.seq_len=1 leaves nothing to predict"),
+    ],
+)
+def test_a_mistake_is_refused_with_key_value_and_rule(override, words):
+    assert words in refusal(override).replace("gate=false", "gate=False")
+
+
+def test_all_problems_are_reported_at_once():
+    text = refusal("moe.top_k=12", "attention.windw=128", "optim.lr=fast", "seed=-1", "model.key_dim=7")
+    assert text.startswith("5 problems in the configuration:") or text.startswith("4 problems in the configuration:")
+    for words in ("moe.top_k=12", "attention.windw", "optim.lr='fast'", "model.key_dim=7"):
+        assert words in text
+    assert len(text.splitlines()) == 1 + int(text[0])
+
+
+def test_all_wrong_overrides_are_reported_at_once():
+    text = refusal("attention=nsaa", "+seed=1", "hydra.verbose=true")
+    assert len(text.splitlines()) == 4
+
+
+def test_a_missing_key_is_named():
+    tree = to_tree(load_config())
+    del tree["trainer"]["steps"], tree["optim"]
+    with pytest.raises(ConfigError) as caught:
+        config_from_tree(tree)
+    assert "trainer.steps: missing" in str(caught.value)
+    assert "optim: missing" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [3, None, [1]])
+def test_a_section_must_be_a_group_of_keys(value):
+    with pytest.raises(ConfigError, match="optim.*must be a group of keys"):
+        config_from_tree({**to_tree(load_config()), "optim": value})
+
+
+def test_a_path_inside_data_root_is_taken(tmp_path):
+    config = load_config(["data=files", f"data.root={tmp_path}", "data.paths=[a/b.jsonl,../" + tmp_path.name + "/c.txt]"])
+    assert len(config.data.paths) == 2
+    assert "leaves" in refusal("data=files", f"data.root={tmp_path}", "data.paths=[a/../../b.jsonl]")

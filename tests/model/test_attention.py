@@ -1,0 +1,172 @@
+"""The attention layer: which blocks the ablations read, what a branch is wired to, what a probe sees."""
+
+import dataclasses
+
+import pytest
+import torch
+from cases import ARMS, FULL, LENGTHS, MODEL, NSA, grow, nsa
+from helpers import assert_close, sdpa
+
+from nsa_train.model.attention import Attention
+from nsa_train.model.layers import apply_rope, rope_angles
+from nsa_train.packing import Packing
+
+PACKING = Packing.from_lengths(LENGTHS)
+
+
+def layer(attention):
+    torch.manual_seed(0)
+    made = Attention(MODEL, attention)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.2)
+    made.start()
+    return grow(made)
+
+
+def inputs(packing=PACKING, seed=0):
+    x = torch.randn(packing.tokens, MODEL.width, generator=torch.Generator().manual_seed(seed))
+    return x, packing, rope_angles(packing.positions, MODEL.key_dim, MODEL.rope_theta)
+
+
+@pytest.mark.parametrize("selection", ["random", "none"])
+def test_ablations_read_legal_blocks(selection):
+    spec_n, Hk = NSA.slc_count, 2
+    blocks = Attention(MODEL, nsa(selection=selection))._chosen_blocks(PACKING, Hk)
+    assert blocks.shape == (PACKING.tokens, Hk, spec_n)
+    assert blocks.dtype == torch.int32
+    for t, position in enumerate(PACKING.positions.tolist()):
+        m = position // NSA.slc_block
+        forced = {j for j in range(m + 1) if j < NSA.slc_init or j > m - NSA.slc_local}
+        for row in blocks[t].tolist():
+            real = [j for j in row if j >= 0]
+            assert row == real + [-1] * (spec_n - len(real))
+            assert real == sorted(set(real))
+            assert forced <= set(real) <= set(range(m + 1))
+            assert len(real) == (len(forced) if selection == "none" else min(spec_n, m + 1))
+
+
+def test_random_blocks_differ_between_queries_and_heads_but_not_between_calls():
+    attention = Attention(MODEL, nsa(selection="random"))
+    packing = Packing.from_lengths([200])
+    blocks = attention._chosen_blocks(packing, 2)
+    assert torch.equal(blocks, attention._chosen_blocks(packing, 2))
+    late = blocks[100:]
+    assert (late[:, 0] != late[:, 1]).any(-1).float().mean() > 0.5
+    assert (late[1:] != late[:-1]).any(-1).float().mean() > 0.5
+    free = torch.cat([late[i, 0][(late[i, 0] >= 1) & (late[i, 0] <= (100 + i) // 4 - 2)] for i in range(100)])
+    assert len(free.unique()) > 20  # of the 23 to 48 that are free
+
+
+def test_topn_lets_the_op_choose():
+    assert Attention(MODEL, NSA)._chosen_blocks(PACKING, 2) is None
+
+
+def test_full_attention_is_rotated_attention_of_each_document():
+    attention = layer(FULL)
+    x, packing, angles = inputs()
+    q = apply_rope(attention.q(x).unflatten(-1, (4, 8)), angles)
+    k, v = attention.kv["token"](x)
+    k = apply_rope(k, angles)
+    parts = [sdpa(*(y[a:b] for y in (q, k, v))) for a, b in packing.cu_seqlens.unfold(0, 2, 1).tolist()]
+    want = attention.o(torch.cat(parts).flatten(1))
+    assert_close("attention", attention(x, packing, angles), want, rms=1e-5)
+
+
+def test_rope_turns_pairs_by_position_and_restarts_with_each_document():
+    cos, sin = rope_angles(PACKING.positions, 8, 100.0)
+    x = torch.randn(PACKING.tokens, 1, 8, generator=torch.Generator().manual_seed(0))
+    turned = apply_rope(x, (cos, sin))
+    for t, position in enumerate(PACKING.positions.tolist()):
+        for i in range(4):
+            angle = torch.tensor(position * 100.0 ** (-2 * i / 8))
+            pair = torch.complex(x[t, 0, i], x[t, 0, i + 4]) * torch.polar(torch.tensor(1.0), angle)
+            torch.testing.assert_close(torch.complex(turned[t, 0, i], turned[t, 0, i + 4]), pair)
+
+
+def test_scores_of_two_rotated_tokens_depend_on_their_distance_only():
+    angles = rope_angles(torch.arange(50), 8, 100.0)
+    drawn = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(0)).expand(50, 2, 1, 8)
+    q, k = (apply_rope(drawn[:, i], angles)[:, 0] for i in range(2))
+    scores = q @ k.T
+    torch.testing.assert_close(scores[10:, 10:], scores[:-10, :-10], rtol=1e-4, atol=1e-5)
+
+
+def test_a_compressed_key_is_rotated_to_its_blocks_first_position():
+    attention = layer(nsa(phi="mean"))
+    x, packing, angles = inputs()
+    k, v = attention.kv["cmp"](x)
+    k_cmp, v_cmp = attention._compressed(k, v, packing, angles)
+    row, first = 0, 0
+    for length in LENGTHS:
+        for start in range(0, length - 3, 2):
+            block = slice(first + start, first + start + 4)
+            own = rope_angles(torch.tensor([start]), 8, MODEL.rope_theta)
+            torch.testing.assert_close(k_cmp[row], apply_rope(k[block].mean(0, keepdim=True), own)[0])
+            torch.testing.assert_close(v_cmp[row], v[block].mean(0))
+            row += 1
+        first += length
+    assert row <= len(k_cmp) == sum(LENGTHS) // 2
+
+
+@pytest.mark.parametrize("arm", ["full_gated", "nsa"])
+def test_gates_start_at_one_half(arm):
+    made = Attention(MODEL, ARMS[arm])
+    made.start()
+    gates = made.gates(torch.randn(7, MODEL.width))
+    assert gates.shape == (7, MODEL.heads, len(ARMS[arm].branches))
+    assert (gates == 0.5).all()
+
+
+def test_each_branch_reads_its_own_projection():
+    attention = layer(NSA)
+    case = inputs()
+    before = attention(*case)
+    for name in ("token", "cmp", "win"):
+        for part in ("k", "v"):
+            weight = getattr(attention.kv[name], part).weight
+            kept = weight.detach().clone()
+            with torch.no_grad():
+                weight.mul_(1.5)
+            assert (attention(*case) - before).abs().max() > 1e-4, f"{name}.{part}"
+            with torch.no_grad():
+                weight.copy_(kept)
+    assert torch.equal(attention(*case), before)
+
+
+def test_shared_kv_has_one_projection():
+    assert set(Attention(MODEL, nsa(shared_kv=True)).kv) == {"token"}
+    assert set(Attention(MODEL, NSA).kv) == {"token", "cmp", "win"}
+
+
+def test_a_large_window_and_all_blocks_make_nsas_branches_full_attention():
+    """With equal projections and gates of one, slc and win give full attention each; cmp is gated away."""
+    sizes = {"slc_count": 16, "window": 64}
+    sparse, dense = layer(nsa(**sizes)), layer(FULL)
+    with torch.no_grad():
+        sparse.q.weight.copy_(dense.q.weight)
+        sparse.o.weight.copy_(dense.o.weight)
+        for name in ("token", "win"):
+            sparse.kv[name].load_state_dict(dense.kv["token"].state_dict())
+        sparse.gate.weight.zero_()
+        sparse.gate.bias.copy_(torch.tensor([-200.0, 200.0, 200.0]).repeat(MODEL.heads))
+    assert_close("o", sparse(*inputs()), 2 * dense(*inputs()), rms=1e-5)
+
+
+def test_a_probe_reports_gates_and_selection():
+    attention, probe = layer(NSA), {}
+    case = inputs()
+    with torch.no_grad():
+        attention(*case, probe)
+    assert set(probe["gates"]) == {"cmp", "slc", "win"}
+    for b, branch in enumerate(NSA.branches):
+        assert probe["gates"][branch] == pytest.approx(float(attention.gates(case[0]).detach()[..., b].mean()))
+    assert 0 < probe["selection"]["forced_mass"] < 1
+    assert set(probe["selection"]) == {"forced_mass", "distance_tokens", "neighbour_overlap"}
+
+
+def test_the_arms_wire_the_window():
+    narrow, wide = layer(ARMS["window"]), layer(dataclasses.replace(ARMS["window"], window=100))
+    full = layer(FULL)
+    full.load_state_dict({k.replace("kv.win", "kv.token"): x for k, x in wide.state_dict().items()})
+    assert_close("window", wide(*inputs()), full(*inputs()), rms=1e-6)
+    assert (narrow(*inputs()) - wide(*inputs())).abs().max() > 1e-3
