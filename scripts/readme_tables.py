@@ -44,9 +44,9 @@ TABLES = {"first_run": first_run}
 
 def filled(text: str) -> str:
     for name, table in TABLES.items():
-        text, found = re.subn(
-            rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{table()}\n{m[2]}", text, flags=re.DOTALL
-        )
+        start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
+        pattern = re.escape(start) + ".*?" + re.escape(end)
+        text, found = re.subn(pattern, (start + table() + "\n" + end).replace("\\", r"\\"), text, flags=re.DOTALL)
         if not found:
             raise SystemExit(f"README.md has no place for the table {name}")
     return text

@@ -1,4 +1,4 @@
-"""Test environment, set before anything imports torch: one thread a process, no network, the CPU unless there is a GPU."""
+"""Test environment, set before anything imports torch: one thread, no network, the CPU unless there is a GPU."""
 
 import os
 from pathlib import Path
