@@ -123,7 +123,7 @@ def test_one_file_of_a_group_lists_every_key_and_the_others_only_what_differs(gr
         ("logging.tags=a", "logging.tags='a' must be a list"),
         ("model=5", "model=5: no such option"),
         ("seed=null", "seed=None must be an integer"),
-        ("attention=nsaa", "attention=nsaa: no such option; did you mean nsa?; there are full, full_gated, nsa, window"),
+        ("attention=nsaa", "attention=nsaa: no such option; did you mean nsa?; there are full, full_gated, nsa, "),
         ("experiment=big", "experiment=big: no such option; there are m, paper_27b, r1, r2, tiny"),
         ("+seed=1", "'+seed=1': only plain key=value is accepted"),
         ("~seed=1", "only plain key=value is accepted"),
@@ -147,7 +147,7 @@ def test_one_file_of_a_group_lists_every_key_and_the_others_only_what_differs(gr
         ("attention.slc_count=2", "attention.slc_count=2 is less than the forced blocks slc_init + slc_local = 3"),
         ("attention.window=0", "attention.window=0 must be positive"),
         ("attention.branches=[cmp,win]", "attention.branches=[cmp,win] is not trainable; use [full] or"),
-        ("attention.gate=false", "attention.gate=False needs a single branch"),
+        ("attention.gate=false", "attention.gate=false needs a single branch"),
         ("moe.top_k=9", "moe.top_k=9 must lie between 1 and experts=8"),
         ("optim.beta2=1", "optim.beta2=1.0 must lie in [0, 1)"),
         ("schedule.warmup_share=1", "schedule.warmup_share=1.0 must lie in [0, 1)"),
@@ -157,15 +157,21 @@ def test_one_file_of_a_group_lists_every_key_and_the_others_only_what_differs(gr
     ],
 )
 def test_a_mistake_is_refused_with_key_value_and_rule(override, words):
-    assert words in refusal(override).replace("gate=false", "gate=False")
+    assert words in refusal(override)
 
 
 def test_all_problems_are_reported_at_once():
-    text = refusal("moe.top_k=12", "attention.windw=128", "optim.lr=fast", "seed=-1", "model.key_dim=7")
-    assert text.startswith("5 problems in the configuration:") or text.startswith("4 problems in the configuration:")
-    for words in ("moe.top_k=12", "attention.windw", "optim.lr='fast'", "model.key_dim=7"):
+    text = refusal("moe.top_k=12", "attention.windw=128", "optim.lr=fast", "model.key_dim=7", "model.heads=0")
+    for words in (
+        "5 problems",
+        "moe.top_k=12",
+        "attention.windw",
+        "optim.lr='fast'",
+        "model.key_dim=7",
+        "model.heads=0",
+    ):
         assert words in text
-    assert len(text.splitlines()) == 1 + int(text[0])
+    assert len(text.splitlines()) == 1 + 5
 
 
 def test_all_wrong_overrides_are_reported_at_once():
@@ -184,11 +190,11 @@ def test_a_missing_key_is_named():
 
 @pytest.mark.parametrize("value", [3, None, [1]])
 def test_a_section_must_be_a_group_of_keys(value):
-    with pytest.raises(ConfigError, match="optim.*must be a group of keys"):
+    with pytest.raises(ConfigError, match=r"optim.*must be a group of keys"):
         config_from_tree({**to_tree(load_config()), "optim": value})
 
 
 def test_a_path_inside_data_root_is_taken(tmp_path):
-    config = load_config(["data=files", f"data.root={tmp_path}", "data.paths=[a/b.jsonl,../" + tmp_path.name + "/c.txt]"])
-    assert len(config.data.paths) == 2
-    assert "leaves" in refusal("data=files", f"data.root={tmp_path}", "data.paths=[a/../../b.jsonl]")
+    root = ["data=files", f"data.root={tmp_path}"]
+    assert len(load_config([*root, f"data.paths=[a/b.jsonl,../{tmp_path.name}/c.txt]"]).data.paths) == 2
+    assert "leaves" in refusal(*root, "data.paths=[a/../../b.jsonl]")

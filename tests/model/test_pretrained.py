@@ -3,7 +3,6 @@
 import pytest
 import torch
 from cases import ARMS, FULL, MODEL, MOE, NSA, build, grow, rows
-
 from transformers import AutoModelForCausalLM
 
 from nsa_train.model.pretrained import NSATrainConfig, NSATrainForCausalLM

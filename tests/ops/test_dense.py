@@ -19,7 +19,7 @@ def masked_softmax(q, k, v, lengths, scale, window):
     return torch.einsum("hts,shd->thd", p, v.repeat_interleave(G, 1))
 
 
-@pytest.mark.parametrize("lengths", [(1,), (17,), (9, 1, 14)], ids=str)
+@pytest.mark.parametrize("lengths", [(1,), (17,), (9, 1, 6, 5, 14)], ids=str)
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)], ids=str)
 def test_dense_attention_is_a_masked_softmax(lengths, window, heads):

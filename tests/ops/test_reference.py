@@ -103,6 +103,7 @@ def test_importance_counts_the_tokens_that_blocks_share(spec):
         for j in range(J):
             want[:, :, j] += shared_tokens(c, j, spec) / spec.cmp_stride * p[:, :, :, c].sum(1).T
     assert_close("importance", reference.importance(p, L, spec), want, rms=1e-12)
+    assert not reference.importance(p.requires_grad_(), L, spec).requires_grad
 
 
 def test_the_papers_sizes_weigh_1_2_2_2_1():
@@ -178,12 +179,14 @@ def test_a_trained_phi_knows_the_order_of_its_tokens(kind):
     assert (phi(blocks) - phi(blocks.flip(1))).abs().max() > 1e-3
 
 
-def test_linear_phi_reads_token_i_at_columns_i_times_d():
+def test_phi_reads_token_i_at_columns_i_times_d():
     blocks = torch.randn(5, 4, 2, 3, generator=torch.Generator().manual_seed(0))
     for i in range(4):
         weight = torch.zeros(3, 12)
         weight[:, 3 * i : 3 * i + 3] = torch.eye(3)
         assert torch.equal(reference.phi_linear(blocks, weight, torch.zeros(3)), blocks[:, i])
+        want = blocks.mean(1) + torch.nn.functional.silu(blocks[:, i])
+        assert_close("mlp", reference.phi_mlp(blocks, weight, torch.zeros(3), torch.eye(3)), want, rms=1e-6)
 
 
 @pytest.mark.parametrize("kind", PHI)
