@@ -1,4 +1,7 @@
-"""Test environment, set before anything imports torch: one thread, no network, the CPU unless there is a GPU."""
+"""Test environment, set before anything imports torch: one thread, no network, the CPU unless there is a GPU.
+
+Without a GPU, Triton kernels run in Triton's interpreter, on CPU tensors.
+"""
 
 import os
 from pathlib import Path
@@ -8,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 if not Path("/dev/nvidia0").exists():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 

@@ -1,0 +1,36 @@
+"""How kernels are launched: settings by kernel and architecture, and the facts that choose between them."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+
+LOG2E = 1.4426950408889634  # kernels work with exp2; log-sum-exps between them are in base 2
+
+
+def interpreted() -> bool:
+    """Triton's interpreter runs the kernels, on CPU tensors."""
+    return triton.knobs.runtime.interpret
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def power_of_two(n: int, at_least: int = 1) -> int:
+    return max(at_least, 1 << (n - 1).bit_length())
+
+
+def split_width(width: int) -> tuple[int, int]:
+    """Two powers of two (at least 16, what a matrix product takes; or 0) that cover a head width: 192 is 128 + 64.
+
+    One padded power of two would waste a third of the work at 192.
+    """
+    whole = power_of_two(width, 16)
+    if whole == width or width <= 16:
+        return whole, 0
+    low = whole // 2
+    return (low, power_of_two(width - low, 16)) if width - low <= low // 2 else (whole, 0)
