@@ -112,4 +112,4 @@ def backward(
 def _rows(o: Tensor) -> tuple[int, dict[str, int]]:
     T, Hq, Dv = o.shape
     DVP = power_of_two(Dv)
-    return T * Hq, dict(Dv=Dv, DVP=DVP, ROWS=max(1, ELEMENTS // DVP))
+    return T * Hq, {"Dv": Dv, "DVP": DVP, "ROWS": max(1, ELEMENTS // DVP)}

@@ -7,10 +7,10 @@ group size and window; `window_hopper` has the same functions for the shapes tha
     D = D0 + D1 in two powers of two (`tiles.split_width`); GP, DVP: G and Dv padded to a power of two
 
 Forward and dQ: a program owns TOK consecutive tokens of one document with the G heads of one KV head: TOK * GP rows,
-row r = token r // GP, head r % GP. Its keys are whole tiles that end where its tokens end, so that only the newest needs
-the causal mask and most need none, and narrow tiles for the w % BN + TOK - 1 older ones. A program near the start of its
-document masks everything. dK and dV: a program owns KEYS keys of one document and one KV head, and walks the tokens
-that see them.
+row r = token r // GP, head r % GP. Its keys are whole tiles that end where its tokens end, so that only the newest
+needs the causal mask and most need none, and narrow tiles for the w % BN + TOK - 1 older ones. A program near the start
+of its document masks everything. dK and dV: a program owns KEYS keys of one document and one KV head, and walks the
+tokens that see them.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ def _load(ptr, row, width, d, mask):
 
 @triton.jit
 def _fwd_step(
-    acc, m, l, q0, q1, k, v, t, oldest, doc_start, at, hk, scale, Hk: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
+    acc, m, total, q0, q1, k, v, t, oldest, doc_start, at, hk, scale,
+    Hk: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DVP: tl.constexpr,
+    BN: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys at ... at + BN - 1; MASK where some row does not see all of them."""
     key = at + tl.arange(0, BN)
@@ -62,7 +63,7 @@ def _fwd_step(
     shrink = tl.exp2(m - m_new)
     values = _load(v, row, Dv, tl.arange(0, DVP), there)
     acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
-    return acc, m_new, l * shrink + tl.sum(p, 1)
+    return acc, m_new, total * shrink + tl.sum(p, 1)
 
 
 @triton.jit
@@ -113,19 +114,25 @@ def _win_fwd(
     oldest = tl.maximum(t - W + 1, doc_start)
     acc = tl.zeros([TOK * GP, DVP], tl.float32)
     m = tl.full([TOK * GP], HIDDEN, tl.float32)
-    l = tl.zeros([TOK * GP], tl.float32)
+    total = tl.zeros([TOK * GP], tl.float32)
     old, start, middle = _key_ranges(t1, doc_start, W, TOK, BN, TAIL)
     for at in tl.range(old, start, TAIL):
-        acc, m, l = _fwd_step(acc, m, l, q0, q1, k, v, t, oldest, doc_start, at, hk, scale, Hk, D, Dv, D0, D1, DVP, TAIL, True)  # noqa: E501
+        acc, m, total = _fwd_step(
+            acc, m, total, q0, q1, k, v, t, oldest, doc_start, at, hk, scale, Hk, D, Dv, D0, D1, DVP, TAIL, True,
+        )  # fmt: skip
     for at in tl.range(start, middle, BN):
-        acc, m, l = _fwd_step(acc, m, l, q0, q1, k, v, t, oldest, doc_start, at, hk, scale, Hk, D, Dv, D0, D1, DVP, BN, False)  # noqa: E501
+        acc, m, total = _fwd_step(
+            acc, m, total, q0, q1, k, v, t, oldest, doc_start, at, hk, scale, Hk, D, Dv, D0, D1, DVP, BN, False,
+        )  # fmt: skip
     for at in tl.range(middle, t1, BN):
-        acc, m, l = _fwd_step(acc, m, l, q0, q1, k, v, t, oldest, doc_start, at, hk, scale, Hk, D, Dv, D0, D1, DVP, BN, True)  # noqa: E501
-    l = tl.where(mine, l, 1.0)
-    tl.store(lse + row, m + tl.log2(l), mask=mine)
+        acc, m, total = _fwd_step(
+            acc, m, total, q0, q1, k, v, t, oldest, doc_start, at, hk, scale, Hk, D, Dv, D0, D1, DVP, BN, True,
+        )  # fmt: skip
+    total = tl.where(mine, total, 1.0)
+    tl.store(lse + row, m + tl.log2(total), mask=mine)
     dv = tl.arange(0, DVP)
     place = o + row[:, None] * Dv + dv[None, :]
-    tl.store(place, (acc / l[:, None]).to(o.dtype.element_ty), mask=mine[:, None] & (dv < Dv)[None, :])
+    tl.store(place, (acc / total[:, None]).to(o.dtype.element_ty), mask=mine[:, None] & (dv < Dv)[None, :])
 
 
 # Backward: dQ ---------------------------------------------------------------------------------------------------------
@@ -205,11 +212,20 @@ def _win_dq(
     oldest = tl.maximum(t - W + 1, doc_start)
     old, start, middle = _key_ranges(t1, doc_start, W, TOK, BN, TAIL)
     for at in tl.range(old, start, TAIL):
-        dq0, dq1 = _dq_step(dq0, dq1, q0, q1, grad, row_lse, row_delta, k, v, t, oldest, doc_start, at, hk, score_scale, Hk, D, Dv, D0, D1, DVP, TAIL, True)  # noqa: E501
+        dq0, dq1 = _dq_step(
+            dq0, dq1, q0, q1, grad, row_lse, row_delta, k, v, t, oldest, doc_start, at, hk, score_scale, Hk, D, Dv,
+            D0, D1, DVP, TAIL, True,
+        )  # fmt: skip
     for at in tl.range(start, middle, BN):
-        dq0, dq1 = _dq_step(dq0, dq1, q0, q1, grad, row_lse, row_delta, k, v, t, oldest, doc_start, at, hk, score_scale, Hk, D, Dv, D0, D1, DVP, BN, False)  # noqa: E501
+        dq0, dq1 = _dq_step(
+            dq0, dq1, q0, q1, grad, row_lse, row_delta, k, v, t, oldest, doc_start, at, hk, score_scale, Hk, D, Dv,
+            D0, D1, DVP, BN, False,
+        )  # fmt: skip
     for at in tl.range(middle, t1, BN):
-        dq0, dq1 = _dq_step(dq0, dq1, q0, q1, grad, row_lse, row_delta, k, v, t, oldest, doc_start, at, hk, score_scale, Hk, D, Dv, D0, D1, DVP, BN, True)  # noqa: E501
+        dq0, dq1 = _dq_step(
+            dq0, dq1, q0, q1, grad, row_lse, row_delta, k, v, t, oldest, doc_start, at, hk, score_scale, Hk, D, Dv,
+            D0, D1, DVP, BN, True,
+        )  # fmt: skip
     _put(dq, row, D, tl.arange(0, D0), dq0 * scale, mine, ADD)
     if D1:
         _put(dq, row, D, D0 + tl.arange(0, D1), dq1 * scale, mine, ADD)
@@ -281,15 +297,24 @@ def _win_dkv(
     dk0 = tl.zeros([KEYS, D0], tl.float32)
     grad_v = tl.zeros([KEYS, DVP], tl.float32)
     t_end = tl.minimum(last + W, tl.load(table + 3 * M + column))
-    # tokens from `first`: some keys are in their future; from `middle`: they see all; from `late`: some keys are too old
+    # from `first` on some keys are in a token's future, from `middle` it sees all, from `late` on some are too old
     middle = tl.minimum(first + (KEYS + STEP - 2) // STEP * STEP, t_end)
     late = middle + tl.maximum(tl.minimum(first + W, t_end) - middle, 0) // STEP * STEP
     for at in tl.range(first, middle, STEP):
-        dk0, dk1, grad_v = _dkv_step(dk0, dk1, grad_v, k0, k1, values, q, do, lse, delta, key, at, t_end, hk, score_scale, Hk, G, GP, D, Dv, D0, D1, DVP, W, STEP, True)  # noqa: E501
+        dk0, dk1, grad_v = _dkv_step(
+            dk0, dk1, grad_v, k0, k1, values, q, do, lse, delta, key, at, t_end, hk, score_scale, Hk, G, GP, D, Dv,
+            D0, D1, DVP, W, STEP, True,
+        )  # fmt: skip
     for at in tl.range(middle, late, STEP):
-        dk0, dk1, grad_v = _dkv_step(dk0, dk1, grad_v, k0, k1, values, q, do, lse, delta, key, at, t_end, hk, score_scale, Hk, G, GP, D, Dv, D0, D1, DVP, W, STEP, False)  # noqa: E501
+        dk0, dk1, grad_v = _dkv_step(
+            dk0, dk1, grad_v, k0, k1, values, q, do, lse, delta, key, at, t_end, hk, score_scale, Hk, G, GP, D, Dv,
+            D0, D1, DVP, W, STEP, False,
+        )  # fmt: skip
     for at in tl.range(late, t_end, STEP):
-        dk0, dk1, grad_v = _dkv_step(dk0, dk1, grad_v, k0, k1, values, q, do, lse, delta, key, at, t_end, hk, score_scale, Hk, G, GP, D, Dv, D0, D1, DVP, W, STEP, True)  # noqa: E501
+        dk0, dk1, grad_v = _dkv_step(
+            dk0, dk1, grad_v, k0, k1, values, q, do, lse, delta, key, at, t_end, hk, score_scale, Hk, G, GP, D, Dv,
+            D0, D1, DVP, W, STEP, True,
+        )  # fmt: skip
     _put(dk, row, D, tl.arange(0, D0), dk0 * scale, mine, False)
     if D1:
         _put(dk, row, D, D0 + tl.arange(0, D1), dk1 * scale, mine, False)
@@ -304,7 +329,7 @@ def shapes(q: Tensor, v: Tensor, Hk: int) -> dict[str, int]:
     _, Hq, D = q.shape
     D0, D1 = split_width(D)
     G, Dv = Hq // Hk, v.shape[2]
-    return dict(Hk=Hk, G=G, GP=power_of_two(G), D=D, Dv=Dv, D0=D0, D1=D1, DVP=power_of_two(Dv, 16))
+    return {"Hk": Hk, "G": G, "GP": power_of_two(G), "D": D, "Dv": Dv, "D0": D0, "D1": D1, "DVP": power_of_two(Dv, 16)}
 
 
 def query_tiles(size: dict[str, int], window: int, wide: bool) -> dict[str, int]:
@@ -315,19 +340,20 @@ def query_tiles(size: dict[str, int], window: int, wide: bool) -> dict[str, int]
         TOK *= 2
     BN = min(32 if wide else 64, power_of_two(window, 16))
     old = window % BN + TOK - 1
-    return dict(
-        TILE=TILE, TOK=TOK, BN=BN, TAIL=min(BN, power_of_two(old, 16)), num_warps=8 if TOK * size["GP"] >= 128 else 4
-    )
+    warps = 8 if TOK * size["GP"] >= 128 else 4
+    return {"TILE": TILE, "TOK": TOK, "BN": BN, "TAIL": min(BN, power_of_two(old, 16)), "num_warps": warps}
 
 
 def key_tiles(size: dict[str, int], wide: bool) -> dict[str, int]:
     """Settings of dK/dV: keys of a program and tokens of a step."""
     narrow = max(1, max(size["D0"] + size["D1"], 2 * size["DVP"]) // 256)
     KEYS, rows = max(16, (32 if wide else 64) // narrow), max(16, (32 if wide else 64) // narrow)
-    return dict(KEYS=KEYS, STEP=max(1, rows // size["GP"]), num_warps=4)
+    return {"KEYS": KEYS, "STEP": max(1, rows // size["GP"]), "num_warps": 4}
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, spec: NSASpec, scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, spec: NSASpec, scale: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of each query over its window.
 
     q        [T, Hq, D]

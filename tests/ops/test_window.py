@@ -73,11 +73,11 @@ def unwritten_memory_is_nan(monkeypatch):
     [
         ([70], 5, {}),  # narrow tiles for everything
         ([1, 16, 17, 40], 16, {}),  # w is one tile, ends beside its edges
-        ([45], 21, dict(G=16)),  # 8 tokens a program, older keys behind whole tiles
-        ([34, 3], 33, dict(Hk=2, G=3, D=7, Dv=5)),  # odd everything
-        ([66, 63, 1], 64, dict(G=1, D=24, Dv=20)),  # two widths of keys, 64 tokens in a tile
-        ([20], 100, dict(G=1)),  # wider than the document
-        ([9, 4], 1, dict(G=1)),  # a query sees itself only
+        ([45], 21, {"G": 16}),  # 8 tokens a program, older keys behind whole tiles
+        ([34, 3], 33, {"Hk": 2, "G": 3, "D": 7, "Dv": 5}),  # odd everything
+        ([66, 63, 1], 64, {"G": 1, "D": 24, "Dv": 20}),  # two widths of keys, 64 tokens in a tile
+        ([20], 100, {"G": 1}),  # wider than the document
+        ([9, 4], 1, {"G": 1}),  # a query sees itself only
     ],
     ids=str,
 )
