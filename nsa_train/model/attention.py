@@ -13,6 +13,7 @@ from nsa_train.config.schema import AttentionConfig, ModelConfig
 from nsa_train.model.branches import PHI, KeyValue, kv_name, spec_of
 from nsa_train.model.layers import apply_rope
 from nsa_train.ops import reference
+from nsa_train.ops.compress import Segments
 from nsa_train.ops.dense import dense_attention
 from nsa_train.ops.nsa import nsa_attention
 from nsa_train.ops.statistics import selection_statistics
@@ -90,13 +91,10 @@ class Attention(nn.Module):
 
     def _compressed(self, k: Tensor, v: Tensor, packing: Packing, angles: Angles) -> tuple[Tensor, Tensor]:
         """Keys and values of all compression blocks; a key is rotated to its block's first position (eq. 7)."""
-        rows = len(k) // self.spec.cmp_stride
-        first = reference.compressed_blocks(
-            torch.arange(len(k), device=k.device)[:, None, None], packing.cu_seqlens, self.spec, rows
-        )[:, 0, 0, 0]  # packed index of each block's first token
-        k_cmp = self.phi_k(reference.compressed_blocks(k, packing.cu_seqlens, self.spec, rows))
-        v_cmp = self.phi_v(reference.compressed_blocks(v, packing.cu_seqlens, self.spec, rows))
-        return apply_rope(k_cmp, (angles[0][first], angles[1][first])), v_cmp
+        segments = Segments(packing.cu_seqlens, packing.tokens, self.spec)
+        first = segments.first_token
+        k_cmp = apply_rope(self.phi_k(k, segments), (angles[0][first], angles[1][first]))
+        return k_cmp, self.phi_v(v, segments)
 
     def _chosen_blocks(self, packing: Packing, Hk: int) -> Tensor | None:
         """Blocks fixed in advance for the ablations of `selection`; None: the op picks the best (topn)."""

@@ -1,4 +1,7 @@
-"""Key and value projections of the attention branches, and phi, which turns a block of tokens into one key or value."""
+"""Key and value projections of the attention branches, and phi, which turns each block of tokens into a key or value.
+
+A phi maps packed [T, Hk, width] to [T // cmp_stride, Hk, width], document after document, zeros behind the last block.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa_train.config.schema import AttentionConfig, ModelConfig
-from nsa_train.ops import reference
+from nsa_train.ops.compress import Segments, compress
 from nsa_train.ops.reference import NSASpec
 
 # Whose K/V a branch reads. `full` and `slc` carry the same name, so that the arms share initial values.
@@ -41,8 +44,8 @@ class MeanPhi(nn.Module):
     def __init__(self, block: int, dim: int) -> None:
         super().__init__()
 
-    def forward(self, blocks: Tensor) -> Tensor:
-        return reference.phi_mean(blocks)
+    def forward(self, x: Tensor, segments: Segments) -> Tensor:
+        return compress(x, segments, "mean")
 
     def start_as_mean(self) -> None:
         """Nothing to set."""
@@ -55,8 +58,8 @@ class MLPPhi(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim))
         self.w2 = nn.Parameter(torch.empty(dim, dim))
 
-    def forward(self, blocks: Tensor) -> Tensor:
-        return reference.phi_mlp(blocks, self.w1, self.bias, self.w2)
+    def forward(self, x: Tensor, segments: Segments) -> Tensor:
+        return compress(x, segments, "mlp", self.w1, self.bias, self.w2)
 
     def start_as_mean(self) -> None:
         """w1 keeps its random start: with w2 = 0 it does not show, and it is what w2 learns to read."""
@@ -70,8 +73,8 @@ class LinearPhi(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, block * dim))
         self.bias = nn.Parameter(torch.empty(dim))
 
-    def forward(self, blocks: Tensor) -> Tensor:
-        return reference.phi_linear(blocks, self.weight, self.bias)
+    def forward(self, x: Tensor, segments: Segments) -> Tensor:
+        return compress(x, segments, "linear", self.weight, self.bias)
 
     @torch.no_grad()
     def start_as_mean(self) -> None:
@@ -86,8 +89,8 @@ class GatedPoolPhi(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
         self.bias = nn.Parameter(torch.empty(block))
 
-    def forward(self, blocks: Tensor) -> Tensor:
-        return reference.phi_gated_pool(blocks, self.weight, self.bias)
+    def forward(self, x: Tensor, segments: Segments) -> Tensor:
+        return compress(x, segments, "gated_pool", self.weight, self.bias)
 
     def start_as_mean(self) -> None:
         nn.init.zeros_(self.weight)
