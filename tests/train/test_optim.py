@@ -16,7 +16,8 @@ def schedule(kind, **shares):
 
 
 def rates(kind, steps=100, **shares):
-    return [lr_at(step, steps, 2.0, schedule(kind, **shares)) for step in range(steps)]
+    chosen = schedule(kind, **shares)
+    return [lr_at(step, steps, 2.0, chosen) for step in range(steps)]
 
 
 def test_matrices_decay_but_embeddings_norms_and_biases_do_not():
