@@ -199,11 +199,10 @@ def _digest(path: Path) -> str:
 def find_newest_good(folder: Path, identity: str) -> Found | None:
     """The newest checkpoint whose every file has the size and digest of its manifest; None where there is none yet.
 
-    A damaged one is named, renamed to `.corrupt` and passed over. CheckpointError if all are damaged, or if the
-    newest good one belongs to another model.
+    A damaged one is named, renamed to `.corrupt` and passed over. CheckpointError if all are damaged, now or in an
+    earlier launch, or if the newest good one belongs to another model.
     """
-    candidates = complete(folder)
-    for path in candidates:
+    for path in complete(folder):
         try:
             manifest = verify(path)
         except CheckpointError as error:
@@ -216,10 +215,10 @@ def find_newest_good(folder: Path, identity: str) -> Found | None:
                 f"{identity[:12]}); move it away or choose another name="
             )
         return Found(path, manifest)
-    if candidates:
+    if damaged := sorted(path.name for path in folder.glob("step_*.corrupt*")):
         raise CheckpointError(
-            f"{folder}: none of {len(candidates)} checkpoints is whole (see the lines above); restore one from a "
-            "backup, or delete the run folder to start again"
+            f"{folder}: no checkpoint is whole, {', '.join(damaged)} were found damaged; restore one from a backup, "
+            "or delete the run folder to start again"
         )
     return None
 

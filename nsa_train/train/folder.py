@@ -52,6 +52,9 @@ class RunFolder:
         lock.flush()
         self._lock = lock
         self._check_config()
+
+    def bind(self) -> None:
+        """From here on the folder belongs to this configuration; a run that never starts binds nothing."""
         self.write("config.yaml", to_yaml(self.config))
 
     def release(self) -> None:

@@ -33,15 +33,14 @@ class StopSignals:
 
 
 class BadSteps:
-    """Counts steps whose loss or gradient was not finite; every rank sees the same ones."""
+    """Counts steps in a row whose loss or gradient was not finite; every rank sees the same ones."""
 
-    def __init__(self, limit: int, skipped: int = 0) -> None:
-        self.limit, self.skipped, self.in_a_row = limit, skipped, 0
+    def __init__(self, limit: int) -> None:
+        self.limit, self.in_a_row = limit, 0
 
     def note(self, step: int, bad: bool) -> None:
         """Raises DivergedError once `limit` steps in a row were bad."""
         self.in_a_row = self.in_a_row + 1 if bad else 0
-        self.skipped += bad
         if self.in_a_row >= self.limit:
             raise DivergedError(
                 f"loss or gradient was not finite in {self.in_a_row} steps in a row, up to step {step}; lower optim.lr "

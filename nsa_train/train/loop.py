@@ -53,8 +53,10 @@ def train(config: schema.Config) -> int:
             return 0
         try:
             run = _Run(config, folder, device)
-        except NsaTrainError as error:
-            outcome = {"status": "failed", "steps": 0, "exit_code": error.exit_code}
+            run.resume()
+        except NsaTrainError as error:  # what an earlier launch reached still holds
+            before = {"steps": 0, **(folder.read_json("summary.json") or {})}
+            outcome = {**before, "status": "failed", "exit_code": error.exit_code}
             on_main(lambda: folder.write("summary.json", outcome))
             raise
         return run.go()
@@ -133,10 +135,23 @@ class _Run:
 
     # The run ----------------------------------------------------------------------------------------------------------
 
+    def resume(self) -> None:
+        """Go on from the newest good checkpoint, if there is one, and open the metrics."""
+        self.signals.listen()
+        self.checkpoints = self.folder.path / "checkpoints"
+        found = on_rank_zero(lambda: checkpoint.find_newest_good(self.checkpoints, self.identity))
+        if found:
+            checkpoint.restore(found, self.engine)
+            self.loaders["train"].check_state(found.manifest["state"]["loader"])
+            self.progress = Progress(**found.manifest["state"]["progress"])
+        self.metrics = on_main(self._open_metrics)
+        self.earlier = self.progress.wall_s
+        self._announce(found)
+
     def go(self) -> int:
         """Train, and leave a summary however it ends."""
         try:
-            self._resume_and_train()
+            self._train()
         except (NsaTrainError, OSError) as error:
             failure = _storage_failure(error)
             code = failure.exit_code if isinstance(failure, NsaTrainError) else 1
@@ -148,18 +163,7 @@ class _Run:
         on_main(lambda: self._summarise("done", 0))
         return 0
 
-    def _resume_and_train(self) -> None:
-        self.signals.listen()
-        self.checkpoints = self.folder.path / "checkpoints"
-        found = on_rank_zero(lambda: checkpoint.find_newest_good(self.checkpoints, self.identity))
-        if found:
-            checkpoint.restore(found, self.engine)
-            self.loaders["train"].check_state(found.manifest["state"]["loader"])
-            self.progress = Progress(**found.manifest["state"]["progress"])
-            self.bad_steps.skipped = self.progress.skipped
-        self.metrics = on_main(self._open_metrics)
-        self.earlier = self.progress.wall_s
-        self._announce(found)
+    def _train(self) -> None:
         for row in self._steps():
             self._after_step(row)
         if self.config.trainer.export:
@@ -210,8 +214,8 @@ class _Run:
             self._log(row, load)
         if self.metrics:
             self.metrics.progress(step)
+        self.progress.skipped += bad
         self.bad_steps.note(step, bad)
-        self.progress.skipped = self.bad_steps.skipped
         if step % trainer.val_every == 0 or last:
             self._validate()
         if step % trainer.checkpoint_every == 0 or last or stop:
@@ -287,6 +291,7 @@ class _Run:
             "world_size": self.world,
             "wandb_id": before.get("wandb_id") or secrets.token_hex(4),
         }
+        self.folder.bind()
         self.folder.write("manifest.json", manifest)
         self.folder.write("deepspeed.json", self.settings)
         return Metrics(self.config, self.folder.path, self.progress.step, manifest)

@@ -1,0 +1,106 @@
+"""The number of processes and how they share the work change rounding only; what one of them sees, all act on."""
+
+from functools import partial
+
+import pytest
+from launch import STEPS, rows, spoil_losses, summary
+
+from nsa_train.train.checkpoint import verify
+
+pytestmark = pytest.mark.process
+TOLERANCE = 1e-5  # relative, of fp32 sums in another order over twelve steps; a step changes the loss by 1e-2
+
+
+def losses(folder):
+    """Loss by split and step, of the positions and sources too."""
+    return {
+        (row["split"], row["step"], part): value
+        for row in rows(folder)
+        for part, value in {"all": row["loss"], **row.get("by_position", {}), **row.get("by_source", {})}.items()
+    }
+
+
+def wait_all(jobs, code=0):
+    assert [job.wait() for job in jobs] == [code] * len(jobs), "\n".join(job.text for job in jobs)
+
+
+def test_two_processes_give_the_losses_of_one(train_ranks, tmp_path, whole):
+    wait_all(train_ranks(2))
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4)])
+def test_a_run_goes_on_with_another_number_of_processes(before, after, train_ranks, tmp_path, whole):
+    run = tmp_path / "run"
+    jobs = train_ranks(before, extra={"NSA_TRAIN_KILL_AT": "checkpoint-retention"})
+    assert jobs[0].wait() == -9
+    for job in jobs[1:]:
+        job.process.kill()
+        job.process.join()
+    jobs = train_ranks(after)
+    wait_all(jobs)
+    assert "at step 9\n" in jobs[0].text
+    assert losses(run) == pytest.approx(losses(whole), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", ["parallel=zero1", "trainer.micro_rows=1", "trainer.micro_rows=4"])
+def test_zero_stage_and_accumulation_change_rounding_only(layout, train, tmp_path, whole):
+    assert train(layout).wait() == 0
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=TOLERANCE)
+
+
+def test_rows_that_the_processes_cannot_share_are_refused(train_ranks, tmp_path):
+    jobs = train_ranks(3)
+    wait_all(jobs, 2)
+    assert "trainer.batch_rows=4 is not a multiple of the 3 processes" in jobs[0].text
+    assert "Traceback" not in "".join(job.text for job in jobs)
+    assert summary(tmp_path / "run")["exit_code"] == 2
+
+
+# Steps that are not finite --------------------------------------------------------------------------------------------
+
+
+def digests(checkpoint):
+    return {name: known["sha256"] for name, known in verify(checkpoint)["files"].items()}
+
+
+def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_all_and_counted(train_ranks, tmp_path, whole):
+    run = tmp_path / "run"
+    jobs = train_ranks(
+        2,
+        "trainer.checkpoint_every=1",
+        "trainer.keep_checkpoints=99",
+        before=partial(spoil_losses, ranks=[1], steps=[5]),
+    )
+    wait_all(jobs)
+    steps = {row["step"]: row for row in rows(run) if row["split"] == "train"}
+    assert [step for step, row in steps.items() if row["skipped"]] == [5]
+    assert (steps[5]["loss"], steps[5]["grad_norm"]) == (None, None)
+    assert summary(run)["skipped_steps"] == 1
+    checkpoints = run / "checkpoints"
+    assert digests(checkpoints / "step_5") == digests(checkpoints / "step_4")  # weights, moments, router, random states
+    assert digests(checkpoints / "step_6") != digests(checkpoints / "step_5")
+    assert verify(checkpoints / "step_12")["steps_taken"] == STEPS - 1
+    before = {at: loss for at, loss in losses(whole).items() if at[1] < 5}
+    assert {at: losses(run)[at] for at in before} == pytest.approx(before, rel=TOLERANCE)
+    assert steps[6]["loss"] == pytest.approx(
+        next(v for k, v in losses(whole).items() if k[:2] == ("train", 6)), rel=0.1
+    )
+
+
+def test_steps_that_stay_not_finite_stop_every_process_with_18(train_ranks, tmp_path):
+    run = tmp_path / "run"
+    jobs = train_ranks(2, "trainer.max_bad_steps=3", before=partial(spoil_losses, ranks=[0], steps=range(5, 99)))
+    wait_all(jobs, 18)
+    assert "not finite in 3 steps in a row, up to step 7" in jobs[0].text
+    assert "Traceback" not in "".join(job.text for job in jobs)
+    assert (summary(run)["status"], summary(run)["exit_code"], summary(run)["skipped_steps"]) == ("failed", 18, 3)
+    assert [row["step"] for row in rows(run) if row.get("skipped")] == [5, 6, 7]
+
+
+def test_a_learning_rate_that_explodes_ends_with_18_and_keeps_the_last_checkpoint(train, tmp_path):
+    job = train("optim.lr=1e30", "optim.clip=0")
+    assert job.wait() == 18
+    assert "lower optim.lr" in job.text
+    assert "Traceback" not in job.text
+    assert verify(tmp_path / "run" / "checkpoints" / "step_3")["step"] == 3

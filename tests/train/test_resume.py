@@ -1,0 +1,80 @@
+"""A run that was stopped, however and wherever, goes on with the losses of a run that was not."""
+
+import signal
+from functools import partial
+
+import pytest
+from launch import MICRO_BATCHES, rows, signal_at, summary
+
+pytestmark = pytest.mark.process
+ENGINE, LOOP, CHECKPOINT = "nsa_train.parallel.engine:Engine", "nsa_train.train.loop", "nsa_train.train.checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [
+        (ENGINE, "backward", 2),  # inside the first step, before any checkpoint
+        (ENGINE, "backward", 5 * MICRO_BATCHES),  # between the micro-batches of a step
+        (LOOP, "lr_at", 7),  # right after a checkpoint
+        (LOOP, "evaluate", 3),
+    ],
+)
+def test_after_kill_9_the_losses_are_those_of_an_uninterrupted_run(owner, name, call, train, tmp_path, whole):
+    assert train(before=partial(signal_at, owner, name, call, signal.SIGKILL)).wait() == -9
+    again = train()
+    assert again.wait() == 0, again.text
+    assert rows(tmp_path / "run") == rows(whole)
+
+
+@pytest.mark.parametrize(
+    ("number", "owner", "name", "call", "step"),
+    [
+        (signal.SIGTERM, ENGINE, "backward", 5 * MICRO_BATCHES, 5),
+        (signal.SIGINT, LOOP, "evaluate", 2, 5),  # the validation behind step 4
+        (signal.SIGUSR1, CHECKPOINT, "save", 2, 7),  # the checkpoint of step 6
+        (signal.SIGTERM, LOOP, "evaluate", 1, 1),  # before the first step
+    ],
+)
+def test_a_signal_finishes_the_step_leaves_a_checkpoint_and_the_same_command_goes_on(
+    number, owner, name, call, step, train, tmp_path, whole
+):
+    run = tmp_path / "run"
+    stopped = train(before=partial(signal_at, owner, name, call, number))
+    assert stopped.wait() == 75
+    assert "the same command goes on" in stopped.text
+    assert "Traceback" not in stopped.text
+    assert (summary(run)["status"], summary(run)["exit_code"], summary(run)["steps"]) == ("interrupted", 75, step)
+    assert (run / "checkpoints" / f"step_{step}" / "manifest.json").exists()
+    again = train()
+    assert again.wait() == 0, again.text
+    assert f"resumed from {run / 'checkpoints' / f'step_{step}'}" in again.text
+    assert rows(run) == rows(whole)
+
+
+def test_a_signal_in_the_last_step_lets_the_run_end(train, tmp_path):
+    job = train("trainer.steps=2", before=partial(signal_at, ENGINE, "backward", 2 * MICRO_BATCHES, signal.SIGTERM))
+    assert job.wait() == 0
+    assert summary(tmp_path / "run")["status"] == "done"
+
+
+def test_a_torn_last_line_of_the_metrics_is_dropped(train, killed, whole):
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "tokens": 30')
+    assert train().wait() == 0
+    assert rows(killed) == rows(whole)
+
+
+def test_how_often_it_is_saved_and_logged_may_change_on_resume(train, killed, whole):
+    assert train("trainer.checkpoint_every=5", "trainer.keep_checkpoints=9", "trainer.log_every=3").wait() == 0
+    at = {row["step"]: row["loss"] for row in rows(whole) if row["split"] == "train"}
+    train_rows = [row for row in rows(killed) if row["split"] == "train"]
+    assert [row["step"] for row in train_rows] == [1, 2, 3, 4, 5, 6, 9, 12]
+    assert [row["loss"] for row in train_rows] == [at[row["step"]] for row in train_rows]
+    assert {path.name for path in (killed / "checkpoints").glob("step_*")} == {"step_3", "step_6", "step_10", "step_12"}
+
+
+def test_validation_changes_no_training_loss(train, tmp_path, whole):
+    assert train("trainer.val_every=100", "trainer.val_rows=1").wait() == 0
+    assert [row for row in rows(tmp_path / "run") if row["split"] == "train"] == [
+        row for row in rows(whole) if row["split"] == "train"
+    ]

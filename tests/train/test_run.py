@@ -1,0 +1,189 @@
+"""What a run leaves behind, looked at in one run that was interrupted once and then ended."""
+
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+import yaml
+from launch import SMALL, Job, rows, signal, signal_at, summary
+from transformers import AutoModelForCausalLM
+
+import nsa_train.model.pretrained  # noqa: F401
+from nsa_train.config.load import config_from_tree, load_config, to_tree
+from nsa_train.data.loader import Loader
+from nsa_train.data.prepare import prepare
+from nsa_train.data.store import TOKENIZER, TokenStore
+from nsa_train.model.transformer import Transformer
+from nsa_train.packing import Packing
+from nsa_train.train.evaluate import evaluate
+from nsa_train.train.optim import build_optimizer, lr_at
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def words(corpus, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    return [*SMALL, *corpus, f"runs_dir={runs}", "trainer.export=true", "logging.wandb=offline", "logging.tags=[a,b]"]
+
+
+@pytest.fixture(scope="module")
+def config(words):
+    return load_config(words)
+
+
+@pytest.fixture(scope="module")
+def run(words, config):
+    """The run folder, after an interruption in step 5 and a second launch."""
+    outputs = config.run_dir.parent
+    stop = partial(signal_at, "nsa_train.parallel.engine:Engine", "backward", 10, signal.SIGTERM)
+    first = Job(["train", *words], outputs / "first", before=stop)
+    assert first.wait() == 75, first.text
+    second = Job(["train", *words], outputs / "second")
+    assert second.wait() == 0, second.text
+    return config.run_dir
+
+
+@pytest.fixture(scope="module")
+def prepared(config, run):
+    return prepare(config.data, config.model.vocab, lambda line: None)
+
+
+def loader(prepared, config, split):
+    store = TokenStore.open(prepared, split)
+    return Loader(store, config.trainer.seq_len, config.data.max_documents, config.trainer.batch_rows, config.seed)
+
+
+def trained(config, run):
+    """The model of the last checkpoint, read from its flat fp32 vectors by the manifest's layout."""
+    from safetensors.torch import load_file
+
+    folder = run / "checkpoints" / f"step_{config.trainer.steps}"
+    shard = load_file(folder / "optimizer_00000.safetensors")
+    model = Transformer(config.model, config.attention, config.moe)
+    state = model.state_dict()
+    for group, slots in enumerate(json.loads((folder / "manifest.json").read_text())["layout"]):
+        for slot in slots:
+            count = math.prod(slot["shape"])
+            state[slot["name"]] = shard[f"{group}.master"][slot["offset"] :][:count].view(slot["shape"])
+    state |= load_file(folder / "buffers.safetensors")
+    model.load_state_dict(state)
+    return model
+
+
+def test_it_has_the_files_that_readme_names(run):
+    assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == {
+        "metrics.jsonl", "summary.json", "loss.png", "checkpoints", "export", "config.yaml", "manifest.json",
+        "deepspeed.json", "wandb",
+    }  # fmt: skip
+    assert (run / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_export_opens_with_the_logits_of_the_trained_model(run, config):
+    opened, model = AutoModelForCausalLM.from_pretrained(run / "export").eval(), trained(config, run).eval()
+    tokens = torch.randint(config.model.vocab, (2, 96), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = model.logits(tokens.flatten(), Packing.from_lengths([96, 96])).view(2, 96, -1)
+        assert torch.equal(opened(tokens).logits, want)
+
+
+def test_the_export_has_the_held_out_loss_that_the_run_reported(run, config, prepared):
+    model = AutoModelForCausalLM.from_pretrained(run / "export").transformer
+    found = evaluate_alone(model, loader(prepared, config, "heldout"), config)
+    assert found["loss"] == summary(run)["val_loss_last"]
+    assert (run / "export" / "tokenizer.model").read_bytes() == (prepared / TOKENIZER).read_bytes()
+
+
+def evaluate_alone(model, heldout, config):
+    """`evaluate` without a process group."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nsa_train.train.evaluate.sum_over_ranks", lambda *tensors: None)
+        return evaluate(model, heldout, config.trainer, ["even", "odd"], torch.device("cpu"))
+
+
+def test_losses_are_those_of_a_plain_pytorch_loop(run, config, prepared):
+    """Without DeepSpeed, accumulation, sharding, checkpoints: sums, one backward pass, clipping, AdamW."""
+    model = Transformer(config.model, config.attention, config.moe)
+    model.start(config.seed)
+    optimizer = build_optimizer(model, config.optim)
+    train, trainer = loader(prepared, config, "train"), config.trainer
+    for row in (row for row in rows(run) if row["split"] == "train"):
+        step = row["step"] - 1
+        (batch,) = train.micro_batches(step, 0, 1, trainer.batch_rows)
+        out = model(batch.tokens, batch.labels, batch.packing, 10_000)
+        loss = out.token_losses.sum() / (batch.labels >= 0).sum()
+        (loss + config.moe.aux_weight * out.balance / len(batch.tokens)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, trainer.steps, config.optim.lr, config.schedule)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.balance_experts(out.load)
+        assert row["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+        assert row["lr"] == optimizer.param_groups[0]["lr"]
+
+
+def test_every_line_of_the_metrics_has_the_promised_keys(run, config):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    train = {"step", "tokens", "split", "loss", "lr", "grad_norm", "tokens_per_s", "data_wait_ms", "mem_gib"}
+    by_split = {split: [line for line in lines if line["split"] == split] for split in ("train", "val")}
+    assert all(train <= set(line) for line in by_split["train"])
+    assert [line["step"] for line in by_split["train"]] == list(range(1, 13))
+    assert [line["step"] for line in by_split["val"]] == [0, 4, 8, 12]
+    assert all(line["tokens"] == line["step"] * 4 * 96 for line in lines)
+    for line in by_split["val"]:
+        assert set(line["by_source"]) <= {"even", "odd"}
+        assert len(line["layers"]) == config.model.layers
+        assert all(set(layer["gates"]) == {"cmp", "slc", "win"} for layer in line["layers"])
+
+
+def test_the_summary_says_how_it_ended(run, prepared):
+    found, manifest = summary(run), json.loads((prepared / "manifest.json").read_text())
+    val = [row["loss"] for row in rows(run) if row["split"] == "val"]
+    assert (found["status"], found["exit_code"], found["steps"], found["tokens"]) == ("done", 0, 12, 12 * 4 * 96)
+    assert (found["val_loss_first"], found["val_loss_last"]) == (val[0], val[-1])
+    assert found["val_loss_last"] < found["val_loss_first"] - 0.2
+    assert (found["corpus_hash"], found["unigram_entropy"]) == (manifest["hash"], manifest["unigram_entropy"])
+    assert found["params_total"] > found["params_active"] > 0
+    assert found["tokens_per_s"] > 0
+    assert found["wall_s"] > 0
+
+
+def test_the_folder_says_what_was_run(run, config, prepared):
+    assert config_from_tree(yaml.safe_load((run / "config.yaml").read_text())) == config
+    manifest, engine = (json.loads((run / name).read_text()) for name in ("manifest.json", "deepspeed.json"))
+    assert manifest["corpus"]["hash"] == json.loads((prepared / "manifest.json").read_text())["hash"]
+    assert manifest["world_size"] == 1
+    assert len(manifest["common_weights_sha256"]) == 64
+    assert engine["train_batch_size"] == config.trainer.batch_rows
+    assert "optimizer" not in engine  # DeepSpeed would compile its own at run time
+
+
+WANDB_KEYS = (
+    "train/loss", "val/loss", "val_by_position/0-96", "val_by_source/odd", "gates/layer_0_cmp", "experts/layer_0",
+    "selection/layer_1_", "trainer/step", "tokens", "corpus_hash",
+)  # fmt: skip
+
+
+def test_wandb_gets_the_metrics_offline_and_the_same_run_goes_on_after_the_interruption(run):
+    run_id = json.loads((run / "manifest.json").read_text())["wandb_id"]
+    folders = sorted((run / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    assert all(folder.name.endswith(f"-{run_id}") for folder in folders)
+    records = [(folder / f"run-{run_id}.wandb").read_bytes() for folder in folders]
+    assert [key for key in WANDB_KEYS for record in records if key.encode() not in record] == []
+
+
+def test_arms_of_one_seed_start_from_the_same_common_weights_and_differ_in_the_named_keys(train, run, config, tmp_path):
+    job = train("attention=full", "name=full", "trainer.steps=1")
+    assert job.wait() == 0, job.text
+    hashes = [
+        json.loads((folder / "manifest.json").read_text())["common_weights_sha256"]
+        for folder in (run, tmp_path / "full")
+    ]
+    assert hashes[0] == hashes[1]
+    full = yaml.safe_load((tmp_path / "full" / "config.yaml").read_text())["attention"]
+    assert {key for key in full if full[key] != to_tree(config)["attention"][key]} == {"branches", "gate"}
