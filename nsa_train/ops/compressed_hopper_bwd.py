@@ -201,7 +201,7 @@ def _compressed_dq_hopper(
 @gluon.jit
 def _pack(x, HALF: gl.constexpr):
     """Rounds pairs to packed halves. Written by hand: a conversion that is also used in arithmetic comes out scalar."""
-    if HALF == gl.bfloat16:
+    if gl.bfloat16 == HALF:
         y = gl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.bfloat16, is_pure=True, pack=2
         )
@@ -401,7 +401,7 @@ def _compressed_dkv_hopper(
     j = last * 0
     steps = (last - first) // 4 + 1
     unmasked = gl.maximum(last - all_from, 0) // 4  # steps whose next tile sees all keys
-    for i in range(0, unmasked):
+    for i in range(unmasked):
         stage, phase, j, p, dk1, dk2, dv = _dkv_step(
             last - 4 * i, stage, phase, j, p, dk1, dk2, dv, k1_buf, k2_buf, v_buf, q1_buf, q2_buf, do_buf, lse_buf,
             delta_buf, q_full, do_full, q1_desc, q2_desc, do_desc, lse_desc, delta_desc, first, doc_start, first_key,
