@@ -66,14 +66,13 @@ def _produce(
     tails = first * 0
     tiles = first * 0
     for item in range(first, M * 8 * Hk, step):
-        g, start, end, doc_start, work, n, n_inside, tail = work_item(table, M, item, Hk, W, KEYS)
-        for _ in range(work):
-            for w in gl.static_range(2):
-                mbarrier.wait(q_empty.index(w), (items & 1) ^ 1)
-                mbarrier.expect(q_full.index(w), 64 * D * 2)
-                load_wide_queries(
-                    q1_desc, q2_desc, q1_buf.index(w), q2_buf.index(w), q_full.index(w), start + w * 4, g * 16, D2
-                )
+        g, start, end, doc_start, n, n_inside, tail = work_item(table, M, item, Hk, W, KEYS)
+        for w in gl.static_range(2):
+            mbarrier.wait(q_empty.index(w), (items & 1) ^ 1)
+            mbarrier.expect(q_full.index(w), 64 * D * 2)
+            load_wide_queries(
+                q1_desc, q2_desc, q1_buf.index(w), q2_buf.index(w), q_full.index(w), start + w * 4, g * 16, D2
+            )
         for _ in range(tail):
             mbarrier.wait(tail_empty, (tails & 1) ^ 1)
             mbarrier.expect(tail_full, 16 * (D + DV) * 2)
@@ -91,7 +90,7 @@ def _produce(
             mbarrier.wait(v_empty.index(stage), phase ^ 1)
             mbarrier.expect(v_full.index(stage), KEYS * DV * 2)
             tma_load(v_desc, [row, g * DV], v_full.index(stage), v_buf.index(stage))
-        items += work
+        items += 1
         tails += tail
         tiles += n
 
@@ -167,59 +166,58 @@ def _consume(
     tails = first * 0
     tiles = first * 0
     for item in range(first, M * 8 * Hk, step):
-        g, start, end, doc_start, work, n, n_inside, tail = work_item(table, M, item, Hk, W, KEYS)
-        for _ in range(work):
-            token = start + HALF * 4 + row // 16
-            oldest = gl.maximum(token - (W - 1), doc_start)
-            o = gl.zeros([64, DV], gl.float32, layout=O)
-            m = gl.full([64], -1.0e30, gl.float32, layout=S_ROWS)
-            total = gl.zeros([64], gl.float32, layout=S_ROWS)
-            mbarrier.wait(q_full.index(HALF), items & 1)
-            for _ in range(tail):
-                mbarrier.wait(tail_full, tails & 1)
-                none = gl.zeros([64, 16], gl.float32, layout=TS)
-                s_tail = warpgroup_mma_wait(0, deps=[_scores(q1, q2, k1_tail, k2_tail, none, D2)])
-                p_tail, shrink, m_tail, total_tail = _softmax(
-                    s_tail, gl.convert_layout(m, T_ROWS), gl.convert_layout(total, T_ROWS),
-                    gl.convert_layout(token, T_ROWS), gl.convert_layout(oldest, T_ROWS), end - W - 16, scale, 16, TS, True,
-                )  # fmt: skip
-                p_half = gl.convert_layout(p_tail.to(DTYPE), P)
-                o = warpgroup_mma_wait(0, deps=[warpgroup_mma(p_half, v_tail, o, is_async=True)])
-                mbarrier.arrive(tail_empty, count=1)
-                m = gl.convert_layout(m_tail, S_ROWS)
-                total = gl.convert_layout(total_tail, S_ROWS)
-            stage = tiles % STAGES
-            mbarrier.wait(k_full.index(stage), (tiles // STAGES) & 1)
-            s = _scores(q1, q2, k1_buf.index(stage), k2_buf.index(stage), zero, D2)
-            s = warpgroup_mma_wait(0, deps=[s])
-            mbarrier.arrive(k_empty.index(stage), count=1)
-            p_wide, shrink, m, total = _softmax(s, m, total, token, oldest, end - KEYS, scale, KEYS, S, True)
-            o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
-            p = gl.convert_layout(p_wide.to(DTYPE), P)
-            unmasked = gl.maximum(n_inside, 1)
-            for j in range(1, unmasked):
-                o, m, total, p = _round(
-                    tiles + j, end - (j + 1) * KEYS, o, m, total, p, q1, q2, k1_buf, k2_buf, v_buf, k_full, k_empty,
-                    v_full, v_empty, zero, token, oldest, scale, D2, KEYS, STAGES, S, O, P, False,
-                )  # fmt: skip
-            for j in range(unmasked, n):
-                o, m, total, p = _round(
-                    tiles + j, end - (j + 1) * KEYS, o, m, total, p, q1, q2, k1_buf, k2_buf, v_buf, k_full, k_empty,
-                    v_full, v_empty, zero, token, oldest, scale, D2, KEYS, STAGES, S, O, P, True,
-                )  # fmt: skip
-            mbarrier.arrive(q_empty.index(HALF), count=1)
-            stage = (tiles + n - 1) % STAGES
-            mbarrier.wait(v_full.index(stage), ((tiles + n - 1) // STAGES) & 1)
-            o = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v_buf.index(stage), o, is_async=True)])
-            mbarrier.arrive(v_empty.index(stage), count=1)
-            at = token.to(gl.int64) * Hq + g * 16 + row % 16
-            gl.store(lse_ptr + at, m + gl.log2(total), mask=token < end)
-            o = o * gl.convert_layout(1.0 / total, gl.SliceLayout(1, O))[:, None]
-            at = gl.convert_layout(at, gl.SliceLayout(1, O)) * DV
-            column = gl.arange(0, DV, layout=gl.SliceLayout(0, O))
-            there = gl.convert_layout(token, gl.SliceLayout(1, O)) < end
-            gl.store(o_ptr + at[:, None] + column[None, :], o.to(DTYPE), mask=there[:, None])
-        items += work
+        g, start, end, doc_start, n, n_inside, tail = work_item(table, M, item, Hk, W, KEYS)
+        token = start + HALF * 4 + row // 16
+        oldest = gl.maximum(token - (W - 1), doc_start)
+        o = gl.zeros([64, DV], gl.float32, layout=O)
+        m = gl.full([64], -1.0e30, gl.float32, layout=S_ROWS)
+        total = gl.zeros([64], gl.float32, layout=S_ROWS)
+        mbarrier.wait(q_full.index(HALF), items & 1)
+        for _ in range(tail):
+            mbarrier.wait(tail_full, tails & 1)
+            none = gl.zeros([64, 16], gl.float32, layout=TS)
+            s_tail = warpgroup_mma_wait(0, deps=[_scores(q1, q2, k1_tail, k2_tail, none, D2)])
+            p_tail, shrink, m_tail, total_tail = _softmax(
+                s_tail, gl.convert_layout(m, T_ROWS), gl.convert_layout(total, T_ROWS),
+                gl.convert_layout(token, T_ROWS), gl.convert_layout(oldest, T_ROWS), end - W - 16, scale, 16, TS, True,
+            )  # fmt: skip
+            p_half = gl.convert_layout(p_tail.to(DTYPE), P)
+            o = warpgroup_mma_wait(0, deps=[warpgroup_mma(p_half, v_tail, o, is_async=True)])
+            mbarrier.arrive(tail_empty, count=1)
+            m = gl.convert_layout(m_tail, S_ROWS)
+            total = gl.convert_layout(total_tail, S_ROWS)
+        stage = tiles % STAGES
+        mbarrier.wait(k_full.index(stage), (tiles // STAGES) & 1)
+        s = _scores(q1, q2, k1_buf.index(stage), k2_buf.index(stage), zero, D2)
+        s = warpgroup_mma_wait(0, deps=[s])
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        p_wide, shrink, m, total = _softmax(s, m, total, token, oldest, end - KEYS, scale, KEYS, S, True)
+        o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
+        p = gl.convert_layout(p_wide.to(DTYPE), P)
+        unmasked = gl.maximum(n_inside, 1)
+        for j in range(1, unmasked):
+            o, m, total, p = _round(
+                tiles + j, end - (j + 1) * KEYS, o, m, total, p, q1, q2, k1_buf, k2_buf, v_buf, k_full, k_empty,
+                v_full, v_empty, zero, token, oldest, scale, D2, KEYS, STAGES, S, O, P, False,
+            )  # fmt: skip
+        for j in range(unmasked, n):
+            o, m, total, p = _round(
+                tiles + j, end - (j + 1) * KEYS, o, m, total, p, q1, q2, k1_buf, k2_buf, v_buf, k_full, k_empty,
+                v_full, v_empty, zero, token, oldest, scale, D2, KEYS, STAGES, S, O, P, True,
+            )  # fmt: skip
+        mbarrier.arrive(q_empty.index(HALF), count=1)
+        stage = (tiles + n - 1) % STAGES
+        mbarrier.wait(v_full.index(stage), ((tiles + n - 1) // STAGES) & 1)
+        o = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v_buf.index(stage), o, is_async=True)])
+        mbarrier.arrive(v_empty.index(stage), count=1)
+        at = token.to(gl.int64) * Hq + g * 16 + row % 16
+        gl.store(lse_ptr + at, m + gl.log2(total), mask=token < end)
+        o = o * gl.convert_layout(1.0 / total, gl.SliceLayout(1, O))[:, None]
+        at = gl.convert_layout(at, gl.SliceLayout(1, O)) * DV
+        column = gl.arange(0, DV, layout=gl.SliceLayout(0, O))
+        there = gl.convert_layout(token, gl.SliceLayout(1, O)) < end
+        gl.store(o_ptr + at[:, None] + column[None, :], o.to(DTYPE), mask=there[:, None])
+        items += 1
         tails += tail
         tiles += n
 

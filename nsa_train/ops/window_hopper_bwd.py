@@ -1,10 +1,11 @@
 """Gradients of the sliding window for Hopper in Gluon. Same function as `ops.window.backward`.
 
 dQ      the frame of the forward, persistent: one TMA warp, two consumer warpgroups of 64 rows.
-dK, dV  a program owns 128 keys of one document times one KV head and walks the tokens that see them, 4 at a time, in one
-        partition of 8 warps: the accumulators leave no registers for a producer warp. Scores are transposed, [keys, rows].
-        V dO^T and dV are issued together, TMA refills and dS run under them; then K Q^T of the next tile and dK together,
-        the next exponentials under dK. (The step of the compressed branch, with the window's masks.)
+dK, dV  a program owns 128 keys of one document times one KV head and walks the tokens that see them, 4 at a time,
+        newest first, in one partition of 8 warps: the accumulators leave no registers for a producer warp. Scores are
+        transposed, [keys, rows]. The step is that of the compressed branch with the window's masks: V dO^T and dV are
+        issued together, TMA refills and dS run under them; then K Q^T of the next tile and dK together, the next
+        exponentials under dK. Only the first tile may reach over the document's end.
 """
 
 from __future__ import annotations
@@ -52,15 +53,14 @@ def _dq_produce(
     tails = first * 0
     tiles = first * 0
     for item in range(first, M * 8 * Hk, step):
-        g, start, end, doc_start, work, n, n_inside, tail = work_item(table, M, item, Hk, W, KEYS)
-        for _ in range(work):
-            for w in gl.static_range(2):
-                mbarrier.wait(q_empty.index(w), (items & 1) ^ 1)
-                mbarrier.expect(q_full.index(w), 64 * (D + DV) * 2)
-                load_wide_queries(
-                    q1_desc, q2_desc, q1_buf.index(w), q2_buf.index(w), q_full.index(w), start + w * 4, g * 16, D2
-                )
-                tma_load(do_desc, [start + w * 4, g * 16, 0], q_full.index(w), do_buf.index(w))
+        g, start, end, doc_start, n, n_inside, tail = work_item(table, M, item, Hk, W, KEYS)
+        for w in gl.static_range(2):
+            mbarrier.wait(q_empty.index(w), (items & 1) ^ 1)
+            mbarrier.expect(q_full.index(w), 64 * (D + DV) * 2)
+            load_wide_queries(
+                q1_desc, q2_desc, q1_buf.index(w), q2_buf.index(w), q_full.index(w), start + w * 4, g * 16, D2
+            )
+            tma_load(do_desc, [start + w * 4, g * 16, 0], q_full.index(w), do_buf.index(w))
         for _ in range(tail):
             mbarrier.wait(tail_empty, (tails & 1) ^ 1)
             mbarrier.expect(tail_full, 16 * (D + DV) * 2)
@@ -76,17 +76,17 @@ def _dq_produce(
             mbarrier.wait(v_empty.index(stage), phase ^ 1)
             mbarrier.expect(v_full.index(stage), KEYS * DV * 2)
             tma_load(v_desc, [row, g * DV], v_full.index(stage), v_buf.index(stage))
-        items += work
+        items += 1
         tails += tail
         tiles += n
 
 
 @gluon.jit
 def _dq_tile(
-    dq1, dq2, q1, q2, do, k1, k2, v, k_full, v_full, phase, q_empty, is_last, lse, delta, token, oldest, key, scale,
+    dq1, dq2, q1, q2, do, k1, k2, v, k_full, v_full, phase, lse, delta, token, oldest, key, scale,
     D2: gl.constexpr, KEYS: gl.constexpr, S: gl.constexpr, P1: gl.constexpr, P2: gl.constexpr,
 ):  # fmt: skip
-    """dQ += dS K over the keys from `key` on; gives Q and dO back after the last of an item's products with them."""
+    """dQ += dS K over the keys from `key` on."""
     zero = gl.zeros([64, KEYS], gl.float32, layout=S)
     mbarrier.wait(k_full, phase)
     s = warpgroup_mma(q1, k1.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -99,7 +99,6 @@ def _dq_tile(
     at = (key + gl.arange(0, KEYS, layout=gl.SliceLayout(0, S)))[None, :]
     p = gl.where((at >= oldest[:, None]) & (at <= token[:, None]), p, 0.0)
     dp = warpgroup_mma_wait(0, deps=[dp])
-    mbarrier.arrive(q_empty, count=1, pred=is_last)
     ds = (p * (dp - delta[:, None])).to(k1.dtype)
     x1 = warpgroup_mma(gl.convert_layout(ds, P1), k1, dq1, is_async=True)
     if D2 > 0:
@@ -135,37 +134,37 @@ def _dq_consume(
     tails = first * 0
     tiles = first * 0
     for item in range(first, M * 8 * Hk, step):
-        g, start, end, doc_start, work, n, n_inside, tail = work_item(table, M, item, Hk, W, KEYS)
-        for _ in range(work):
-            token = start + HALF * 4 + row // 16
-            oldest = gl.maximum(token - (W - 1), doc_start)
-            at = token.to(gl.int64) * Hq + g * 16 + row % 16
-            lse = gl.load(lse_ptr + at, mask=token < end, other=float("inf"))
-            delta = gl.load(delta_ptr + at, mask=token < end, other=0.0)
-            dq1 = gl.zeros([64, D1], gl.float32, layout=A1)
-            dq2 = gl.zeros([64, 64], gl.float32, layout=A2)
-            mbarrier.wait(q_full.index(HALF), items & 1)
-            for _ in range(tail):
-                dq1, dq2 = _dq_tile(
-                    dq1, dq2, q1, q2, do, k1_tail, k2_tail, v_tail, tail_full, tail_full, tails & 1,
-                    q_empty.index(HALF), False, gl.convert_layout(lse, T_ROWS), gl.convert_layout(delta, T_ROWS),
-                    gl.convert_layout(token, T_ROWS), gl.convert_layout(oldest, T_ROWS), end - W - 16, scale,
-                    D2, 16, TS, P1, P2,
-                )  # fmt: skip
-                mbarrier.arrive(tail_empty, count=1)
-            for j in range(n):
-                stage = (tiles + j) % STAGES
-                dq1, dq2 = _dq_tile(
-                    dq1, dq2, q1, q2, do, k1_buf.index(stage), k2_buf.index(stage), v_buf.index(stage),
-                    k_full.index(stage), v_full.index(stage), ((tiles + j) // STAGES) & 1, q_empty.index(HALF),
-                    j == n - 1, lse, delta, token, oldest, end - (j + 1) * KEYS, scale, D2, KEYS, S, P1, P2,
-                )  # fmt: skip
-                mbarrier.arrive(v_empty.index(stage), count=1)
-                mbarrier.arrive(k_empty.index(stage), count=1)
-            _dq_store(dq_ptr, dq1 * dq_scale, start + HALF * 4, end, g, Hq, D, 0, D1, A1, ADD)
-            if D2 > 0:
-                _dq_store(dq_ptr, dq2 * dq_scale, start + HALF * 4, end, g, Hq, D, D1, D2, A2, ADD)
-        items += work
+        g, start, end, doc_start, n, n_inside, tail = work_item(table, M, item, Hk, W, KEYS)
+        token = start + HALF * 4 + row // 16
+        oldest = gl.maximum(token - (W - 1), doc_start)
+        at = token.to(gl.int64) * Hq + g * 16 + row % 16
+        lse = gl.load(lse_ptr + at, mask=token < end, other=float("inf"))
+        delta = gl.load(delta_ptr + at, mask=token < end, other=0.0)
+        dq1 = gl.zeros([64, D1], gl.float32, layout=A1)
+        dq2 = gl.zeros([64, 64], gl.float32, layout=A2)
+        mbarrier.wait(q_full.index(HALF), items & 1)
+        for _ in range(tail):
+            dq1, dq2 = _dq_tile(
+                dq1, dq2, q1, q2, do, k1_tail, k2_tail, v_tail, tail_full, tail_full, tails & 1,
+                gl.convert_layout(lse, T_ROWS), gl.convert_layout(delta, T_ROWS),
+                gl.convert_layout(token, T_ROWS), gl.convert_layout(oldest, T_ROWS), end - W - 16, scale,
+                D2, 16, TS, P1, P2,
+            )  # fmt: skip
+            mbarrier.arrive(tail_empty, count=1)
+        for j in range(n):
+            stage = (tiles + j) % STAGES
+            dq1, dq2 = _dq_tile(
+                dq1, dq2, q1, q2, do, k1_buf.index(stage), k2_buf.index(stage), v_buf.index(stage),
+                k_full.index(stage), v_full.index(stage), ((tiles + j) // STAGES) & 1,
+                lse, delta, token, oldest, end - (j + 1) * KEYS, scale, D2, KEYS, S, P1, P2,
+            )  # fmt: skip
+            mbarrier.arrive(v_empty.index(stage), count=1)
+            mbarrier.arrive(k_empty.index(stage), count=1)
+        mbarrier.arrive(q_empty.index(HALF), count=1)
+        _dq_store(dq_ptr, dq1 * dq_scale, start + HALF * 4, end, g, Hq, D, 0, D1, A1, ADD)
+        if D2 > 0:
+            _dq_store(dq_ptr, dq2 * dq_scale, start + HALF * 4, end, g, Hq, D, D1, D2, A2, ADD)
+        items += 1
         tails += tail
         tiles += n
 
@@ -232,27 +231,33 @@ def _win_dq_hopper(
 
 @gluon.jit
 def _probabilities(
-    s, token, end, lse_buf, start, stage, scale,
-    W: gl.constexpr, S: gl.constexpr, COLUMNS: gl.constexpr, HALF: gl.constexpr, MASK: gl.constexpr,
+    s, token, end, lse_buf, start, stage, scale, W: gl.constexpr, S: gl.constexpr, COLUMNS: gl.constexpr,
+    HALF: gl.constexpr, CAUSAL: gl.constexpr, OLD: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
-    """Packed P of the 4 tokens from `token` and the 128 keys from `start`; tokens from `end` on see nothing."""
+    """Packed P of the 4 tokens from `token` and the 128 keys from `start`.
+
+    CAUSAL: some keys are in a token's future; OLD: some have left its window; RAGGED: tokens may lie behind `end`.
+    """
     p = gl.exp2(s * scale - _columns(lse_buf, stage, S, COLUMNS)[None, :])
-    if MASK:
-        t = token + gl.arange(0, 64, layout=gl.SliceLayout(0, S)) // 16
-        newest = gl.where(t < end, t, start - 1)
-        key = start + gl.arange(0, 128, layout=gl.SliceLayout(1, S))
-        p = gl.where((key[:, None] <= newest[None, :]) & (key[:, None] > t[None, :] - W), p, 0.0)
+    t = token + gl.arange(0, 64, layout=gl.SliceLayout(0, S)) // 16
+    key = start + gl.arange(0, 128, layout=gl.SliceLayout(1, S))
+    if CAUSAL:
+        p = gl.where(key[:, None] <= t[None, :], p, 0.0)
+    if OLD:
+        p = gl.where(key[:, None] > t[None, :] - W, p, 0.0)
+    if RAGGED:
+        p = gl.where((t < end)[None, :], p, 0.0)
     return _pack(p, HALF)
 
 
 @gluon.jit
 def _dkv_step(
     token, q_stage, phase, j, p, dk1, dk2, dv, k1_buf, k2_buf, v_buf, q1_buf, q2_buf, do_buf, lse_buf, delta_buf,
-    q_full, do_full, q1_desc, q2_desc, do_desc, lse_desc, delta_desc, end, start, g, scale, zero,
+    q_full, do_full, q1_desc, q2_desc, do_desc, lse_desc, delta_desc, start, g, scale, zero,
     D: gl.constexpr, DV: gl.constexpr, D2: gl.constexpr, W: gl.constexpr, S: gl.constexpr, COLUMNS: gl.constexpr,
-    P1: gl.constexpr, P2: gl.constexpr, PV: gl.constexpr, MASK: gl.constexpr,
+    P1: gl.constexpr, P2: gl.constexpr, PV: gl.constexpr, CAUSAL: gl.constexpr, OLD: gl.constexpr,
 ):  # fmt: skip
-    """The 4 tokens from `token`. Enters with their P and nothing in flight; leaves with P of the 4 behind them.
+    """The 4 tokens from `token`. Enters with their P and nothing in flight; leaves with P of the 4 before them.
 
     q_stage: stage of its Q (of 3); phase: of the next tile's stage; j: counts tiles, for the 2 stages of dO.
     """
@@ -267,19 +272,21 @@ def _dkv_step(
     free_stage = gl.where(next_stage == 2, 0, next_stage + 1)
     # refills run under the two products: stages of the previous tile, free since the barrier at its end
     _fill_q(
-        q1_desc, q2_desc, lse_desc, q1_buf, q2_buf, lse_buf, q_full, free_stage, token + 8, g, token + 8 < end, D, D2
+        q1_desc, q2_desc, lse_desc, q1_buf, q2_buf, lse_buf, q_full, free_stage, token - 8, g, token - 8 >= start, D, D2
     )  # fmt: skip
-    _fill_do(do_desc, delta_desc, do_buf, delta_buf, do_full, do_stage ^ 1, token + 4, g, token + 4 < end, DV)
+    _fill_do(do_desc, delta_desc, do_buf, delta_buf, do_full, do_stage ^ 1, token - 4, g, token - 4 >= start, DV)
     dp = warpgroup_mma_wait(1, deps=[dp])
     ds = _pack(p.to(gl.float32) * (dp - _columns(delta_buf, do_stage, S, COLUMNS)[None, :]), HALF)
     dv = warpgroup_mma_wait(0, deps=[dv])
-    mbarrier.wait(q_full.index(next_stage), phase, pred=token + 4 < end)  # after the last tile: result unused
+    mbarrier.wait(q_full.index(next_stage), phase, pred=token - 4 >= start)  # after the last tile: result unused
     s = _scores(k1_buf, k2_buf, q1_buf, q2_buf, next_stage, zero, D1, D2)
     x1 = warpgroup_mma(gl.convert_layout(ds, P1), q1_buf.index(q_stage).reshape([64, D1]), dk1, is_async=True)
     if D2 > 0:
         x2 = warpgroup_mma(gl.convert_layout(ds, P2), q2_buf.index(q_stage).reshape([64, D2]), dk2, is_async=True)
     s = warpgroup_mma_wait(2 if D2 > 0 else 1, deps=[s])
-    p = _probabilities(s, token + 4, end, lse_buf, start, next_stage, scale, W, S, COLUMNS, HALF, MASK)
+    p = _probabilities(
+        s, token - 4, 0, lse_buf, start, next_stage, scale, W, S, COLUMNS, HALF, CAUSAL, OLD, False
+    )  # fmt: skip
     if D2 > 0:
         dk1, dk2 = warpgroup_mma_wait(0, deps=[x1, x2])
     else:
@@ -333,10 +340,10 @@ def _win_dkv_hopper(
     end = gl.minimum(keys_end - 1 + W, gl.load(tile + 3 * M))
     if start >= keys_end:
         return
-    # from `start` on some keys are in a token's future, from `middle` on it sees all, from `late` on some are too old;
-    # the document's end, if it comes first, lies in a masked tile
-    middle = gl.minimum(start + 128, end)
-    late = middle + gl.maximum(gl.minimum(start + W, end) - middle, 0) // 4 * 4
+    # from `late` on some keys are too old for a token, before `middle` some are in its future
+    middle = start + 128
+    late = start + (W if W > 128 else 128)
+    last = start + (end - 1 - start) // 4 * 4
     k1_buf = gl.allocate_shared_memory(HALF, [128, D1], LINES)
     k2_buf = gl.allocate_shared_memory(HALF, [128, D2], LINES) if D2 > 0 else k1_buf
     v_buf = gl.allocate_shared_memory(HALF, [128, DV], LINES)
@@ -360,9 +367,9 @@ def _win_dkv_hopper(
     tma_load(v_desc, [start, g * DV], kv_full, v_buf)
     for i in gl.static_range(2):
         _fill_q(
-            q1_desc, q2_desc, lse_desc, q1_buf, q2_buf, lse_buf, q_full, i, start + 4 * i, g, start + 4 * i < end, D, D2
+            q1_desc, q2_desc, lse_desc, q1_buf, q2_buf, lse_buf, q_full, i, last - 4 * i, g, last - 4 * i >= start, D, D2
         )  # fmt: skip
-    _fill_do(do_desc, delta_desc, do_buf, delta_buf, do_full, 0, start, g, True, DV)
+    _fill_do(do_desc, delta_desc, do_buf, delta_buf, do_full, 0, last, g, True, DV)
     zero = gl.zeros([128, 64], gl.float32, layout=S)
     dk1 = gl.zeros([128, D1], gl.float32, layout=A1)
     dk2 = gl.zeros([128, 64], gl.float32, layout=S)
@@ -370,29 +377,29 @@ def _win_dkv_hopper(
     mbarrier.wait(kv_full, 0)
     mbarrier.wait(q_full.index(0), 0)
     s = warpgroup_mma_wait(0, deps=[_scores(k1_buf, k2_buf, q1_buf, q2_buf, 0, zero, D1, D2)])
-    p = _probabilities(s, start, end, lse_buf, start, 0, scale, W, S, COLUMNS, HALF, True)
-    middle = gl.maximum(middle - 4, start)  # a step makes P of the next tile
-    late = gl.maximum(late - 4, middle)
+    p = _probabilities(s, last, end, lse_buf, start, 0, scale, W, S, COLUMNS, HALF, True, True, True)
     stage = start * 0
     phase = start * 0
     j = start * 0
-    for token in range(start, middle, 4):
+    too_old = gl.maximum(last - late, 0) // 4  # steps whose next tile, 4 tokens earlier, is of this kind
+    unmasked = gl.maximum(last - middle, 0) // 4
+    for i in range(0, too_old):
         stage, phase, j, p, dk1, dk2, dv = _dkv_step(
-            token, stage, phase, j, p, dk1, dk2, dv, k1_buf, k2_buf, v_buf, q1_buf, q2_buf, do_buf, lse_buf, delta_buf,
-            q_full, do_full, q1_desc, q2_desc, do_desc, lse_desc, delta_desc, end, start, g, scale, zero,
-            D, DV, D2, W, S, COLUMNS, P1, P2, PV, True,
+            last - 4 * i, stage, phase, j, p, dk1, dk2, dv, k1_buf, k2_buf, v_buf, q1_buf, q2_buf, do_buf, lse_buf,
+            delta_buf, q_full, do_full, q1_desc, q2_desc, do_desc, lse_desc, delta_desc, start, g, scale, zero,
+            D, DV, D2, W, S, COLUMNS, P1, P2, PV, False, True,
         )  # fmt: skip
-    for token in range(middle, late, 4):
+    for i in range(too_old, unmasked):
         stage, phase, j, p, dk1, dk2, dv = _dkv_step(
-            token, stage, phase, j, p, dk1, dk2, dv, k1_buf, k2_buf, v_buf, q1_buf, q2_buf, do_buf, lse_buf, delta_buf,
-            q_full, do_full, q1_desc, q2_desc, do_desc, lse_desc, delta_desc, end, start, g, scale, zero,
-            D, DV, D2, W, S, COLUMNS, P1, P2, PV, False,
+            last - 4 * i, stage, phase, j, p, dk1, dk2, dv, k1_buf, k2_buf, v_buf, q1_buf, q2_buf, do_buf, lse_buf,
+            delta_buf, q_full, do_full, q1_desc, q2_desc, do_desc, lse_desc, delta_desc, start, g, scale, zero,
+            D, DV, D2, W, S, COLUMNS, P1, P2, PV, False, False,
         )  # fmt: skip
-    for token in range(late, end, 4):
+    for i in range(unmasked, (last - start) // 4 + 1):
         stage, phase, j, p, dk1, dk2, dv = _dkv_step(
-            token, stage, phase, j, p, dk1, dk2, dv, k1_buf, k2_buf, v_buf, q1_buf, q2_buf, do_buf, lse_buf, delta_buf,
-            q_full, do_full, q1_desc, q2_desc, do_desc, lse_desc, delta_desc, end, start, g, scale, zero,
-            D, DV, D2, W, S, COLUMNS, P1, P2, PV, True,
+            last - 4 * i, stage, phase, j, p, dk1, dk2, dv, k1_buf, k2_buf, v_buf, q1_buf, q2_buf, do_buf, lse_buf,
+            delta_buf, q_full, do_full, q1_desc, q2_desc, do_desc, lse_desc, delta_desc, start, g, scale, zero,
+            D, DV, D2, W, S, COLUMNS, P1, P2, PV, True, W < 128,
         )  # fmt: skip
     _store(dk_ptr, dk1 * dk_scale, start, keys_end, g, Hk, 0, D, D1, A1)
     if D2 > 0:

@@ -21,15 +21,14 @@ def programs(device: torch.device) -> int:
 
 @gluon.jit
 def work_item(table, M, item, Hk: gl.constexpr, W: gl.constexpr, KEYS: gl.constexpr):
-    """(KV head, start, end, doc_start, work, n, n_inside, tail) of a piece of 8 tokens times a KV head.
+    """(KV head, start, end, doc_start, n, n_inside, tail) of a piece of 8 tokens times a KV head.
 
-    work: 0 if the piece is empty, else 1; n: tiles of KEYS keys that end at `end`; n_inside: those that lie in the
-    document; tail: 1 if some token sees keys before `end` - W.
+    n: tiles of KEYS keys that end at `end`; n_inside: those that lie in the document; tail: 1 if some token sees keys
+    before `end` - W. An empty piece (start >= end) has one tile, that no row sees: a branch would cost more.
     """
     start, end, doc_start, _ = token_piece(table, M, item // Hk)
-    work = gl.where(start < end, 1, 0)
-    length = (end - doc_start) * work
+    length = gl.where(start < end, end - doc_start, 1)
     n = gl.minimum((length + KEYS - 1) // KEYS, W // KEYS)
     n_inside = gl.minimum(length // KEYS, n)
     tail = gl.where((length > W) & (end - start > 1), 1, 0)
-    return item % Hk, start, end, doc_start, work, n, n_inside, tail
+    return item % Hk, start, end, doc_start, n, n_inside, tail
