@@ -64,9 +64,7 @@ def _dq_produce(
         k_stage = i % K_STAGES
         mbarrier.wait(k_empty.index(k_stage), ((i // K_STAGES) & 1) ^ 1)
         mbarrier.expect(k_full.index(k_stage), KEYS * D * 2)
-        load_wide(
-            k1_desc, k2_desc, k1_buf.index(k_stage), k2_buf.index(k_stage), k_full.index(k_stage), row, g * D, D2
-        )
+        load_wide(k1_desc, k2_desc, k1_buf.index(k_stage), k2_buf.index(k_stage), k_full.index(k_stage), row, g * D, D2)
         v_stage = i % V_STAGES
         mbarrier.wait(v_empty.index(v_stage), ((i // V_STAGES) & 1) ^ 1)
         mbarrier.expect(v_full.index(v_stage), KEYS * DV * 2)

@@ -1,8 +1,8 @@
 """Sliding window for Hopper in Gluon: TMA, mbarriers and asynchronous wgmma. Same functions as `ops.window`.
 
 Forward and dQ are persistent: a program per multiprocessor walks over the work items (a piece of 8 tokens of one
-document, a KV head), because an item alone is too short to hide its start and its end. One TMA warp runs ahead into the
-next item; two consumer warpgroups own 4 tokens times 16 heads each, 64 rows.
+document, a KV head), because an item alone is too short to hide its start and its end. One TMA warp runs ahead into
+the next item; two consumer warpgroups own 4 tokens times 16 heads each, 64 rows.
 
 The keys of an item end where its tokens end. A narrow tile of 16 keys before the window's whole tiles serves the older
 tokens: 528 keys instead of 576 or 640. It comes first, then the whole tiles, newest first, so that Q is free for the
@@ -66,7 +66,7 @@ def _produce(
     tails = first * 0
     tiles = first * 0
     for item in range(first, M * 8 * Hk, step):
-        g, start, end, doc_start, n, n_inside, tail = work_item(table, M, item, Hk, W, KEYS)
+        g, start, end, _doc_start, n, _n_inside, tail = work_item(table, M, item, Hk, W, KEYS)
         for w in gl.static_range(2):
             mbarrier.wait(q_empty.index(w), (items & 1) ^ 1)
             mbarrier.expect(q_full.index(w), 64 * D * 2)
@@ -76,9 +76,7 @@ def _produce(
         for _ in range(tail):
             mbarrier.wait(tail_empty, (tails & 1) ^ 1)
             mbarrier.expect(tail_full, 16 * (D + DV) * 2)
-            load_wide(
-                k1_tail_desc, k2_tail_desc, k1_tail, k2_tail, tail_full, end - W - 16, g * D, D2
-            )
+            load_wide(k1_tail_desc, k2_tail_desc, k1_tail, k2_tail, tail_full, end - W - 16, g * D, D2)
             tma_load(v_tail_desc, [end - W - 16, g * DV], tail_full, v_tail)
         for i in range(n):
             row = end - (i + 1) * KEYS
@@ -122,8 +120,9 @@ def _softmax(
 
 @gluon.jit
 def _round(
-    tile, key, o, m, total, p, q1, q2, k1_buf, k2_buf, v_buf, k_full, k_empty, v_full, v_empty, zero, token, oldest, scale,
-    D2: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, S: gl.constexpr, O: gl.constexpr, P: gl.constexpr,
+    tile, key, o, m, total, p, q1, q2, k1_buf, k2_buf, v_buf, k_full, k_empty, v_full, v_empty, zero, token, oldest,
+    scale,
+    D2: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, S: gl.constexpr, SUMS: gl.constexpr, P: gl.constexpr,
     MASK: gl.constexpr,
 ):  # fmt: skip
     """Enters with p of the tile before `tile`, counted over all items; leaves with p of this one, o without it."""
@@ -138,7 +137,7 @@ def _round(
     p_wide, shrink, m, total = _softmax(s, m, total, token, oldest, key, scale, KEYS, S, MASK)
     o = warpgroup_mma_wait(0, deps=[o_next])
     mbarrier.arrive(v_empty.index(v_stage), count=1)
-    o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
+    o = o * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
     return o, m, total, gl.convert_layout(p_wide.to(v_buf.dtype), P)
 
 
@@ -154,8 +153,8 @@ def _consume(
     Hq: gl.constexpr = 16 * Hk
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
     TS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 16, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])  # noqa: E741
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S)
     T_ROWS: gl.constexpr = gl.SliceLayout(1, TS)
     q1 = q1_buf.index(HALF).reshape([64, D - D2])
@@ -169,7 +168,7 @@ def _consume(
         g, start, end, doc_start, n, n_inside, tail = work_item(table, M, item, Hk, W, KEYS)
         token = start + HALF * 4 + row // 16
         oldest = gl.maximum(token - (W - 1), doc_start)
-        o = gl.zeros([64, DV], gl.float32, layout=O)
+        o = gl.zeros([64, DV], gl.float32, layout=SUMS)
         m = gl.full([64], -1.0e30, gl.float32, layout=S_ROWS)
         total = gl.zeros([64], gl.float32, layout=S_ROWS)
         mbarrier.wait(q_full.index(HALF), items & 1)
@@ -192,18 +191,18 @@ def _consume(
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(k_empty.index(stage), count=1)
         p_wide, shrink, m, total = _softmax(s, m, total, token, oldest, end - KEYS, scale, KEYS, S, True)
-        o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
+        o = o * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
         p = gl.convert_layout(p_wide.to(DTYPE), P)
         unmasked = gl.maximum(n_inside, 1)
         for j in range(1, unmasked):
             o, m, total, p = _round(
                 tiles + j, end - (j + 1) * KEYS, o, m, total, p, q1, q2, k1_buf, k2_buf, v_buf, k_full, k_empty,
-                v_full, v_empty, zero, token, oldest, scale, D2, KEYS, STAGES, S, O, P, False,
+                v_full, v_empty, zero, token, oldest, scale, D2, KEYS, STAGES, S, SUMS, P, False,
             )  # fmt: skip
         for j in range(unmasked, n):
             o, m, total, p = _round(
                 tiles + j, end - (j + 1) * KEYS, o, m, total, p, q1, q2, k1_buf, k2_buf, v_buf, k_full, k_empty,
-                v_full, v_empty, zero, token, oldest, scale, D2, KEYS, STAGES, S, O, P, True,
+                v_full, v_empty, zero, token, oldest, scale, D2, KEYS, STAGES, S, SUMS, P, True,
             )  # fmt: skip
         mbarrier.arrive(q_empty.index(HALF), count=1)
         stage = (tiles + n - 1) % STAGES
@@ -212,10 +211,10 @@ def _consume(
         mbarrier.arrive(v_empty.index(stage), count=1)
         at = token.to(gl.int64) * Hq + g * 16 + row % 16
         gl.store(lse_ptr + at, m + gl.log2(total), mask=token < end)
-        o = o * gl.convert_layout(1.0 / total, gl.SliceLayout(1, O))[:, None]
-        at = gl.convert_layout(at, gl.SliceLayout(1, O)) * DV
-        column = gl.arange(0, DV, layout=gl.SliceLayout(0, O))
-        there = gl.convert_layout(token, gl.SliceLayout(1, O)) < end
+        o = o * gl.convert_layout(1.0 / total, gl.SliceLayout(1, SUMS))[:, None]
+        at = gl.convert_layout(at, gl.SliceLayout(1, SUMS)) * DV
+        column = gl.arange(0, DV, layout=gl.SliceLayout(0, SUMS))
+        there = gl.convert_layout(token, gl.SliceLayout(1, SUMS)) < end
         gl.store(o_ptr + at[:, None] + column[None, :], o.to(DTYPE), mask=there[:, None])
         items += 1
         tails += tail
@@ -268,11 +267,11 @@ def _win_fwd_hopper(
     step = gl.num_programs(0)
     gl.warp_specialize([
         (_consume, (0, o_ptr, lse_ptr, q1_buf, q2_buf, k1_buf, k2_buf, v_buf, k1_tail, k2_tail, v_tail, q_full, q_empty,
-                    k_full, k_empty, v_full, v_empty, tail_full, tail_empty, table, M, first, step, scale, Hk, D, DV, D2,
-                    W, KEYS, STAGES)),
+                    k_full, k_empty, v_full, v_empty, tail_full, tail_empty, table, M, first, step, scale, Hk, D, DV,
+                    D2, W, KEYS, STAGES)),
         (_consume, (1, o_ptr, lse_ptr, q1_buf, q2_buf, k1_buf, k2_buf, v_buf, k1_tail, k2_tail, v_tail, q_full, q_empty,
-                    k_full, k_empty, v_full, v_empty, tail_full, tail_empty, table, M, first, step, scale, Hk, D, DV, D2,
-                    W, KEYS, STAGES)),
+                    k_full, k_empty, v_full, v_empty, tail_full, tail_empty, table, M, first, step, scale, Hk, D, DV,
+                    D2, W, KEYS, STAGES)),
         (_produce, (q1_desc, q2_desc, k1_desc, k2_desc, v_desc, k1_tail_desc, k2_tail_desc, v_tail_desc, q1_buf, q2_buf,
                     k1_buf, k2_buf, v_buf, k1_tail, k2_tail, v_tail, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     tail_full, tail_empty, table, M, first, step, Hk, D, DV, D2, W, KEYS, STAGES)),

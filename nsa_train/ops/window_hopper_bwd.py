@@ -5,7 +5,8 @@ dK, dV  a program owns 128 keys of one document times one KV head and walks the 
         newest first, in one partition of 8 warps: the accumulators leave no registers for a producer warp. Scores are
         transposed, [keys, rows]. The step is that of the compressed branch with the window's masks: V dO^T and dV are
         issued together, TMA refills and dS run under them; then K Q^T of the next tile and dK together, the next
-        exponentials under dK. Only the first tile may reach over the document's end.
+        exponentials under dK. Only the first tile may reach over the document's end. One loop masks every tile: loops
+        for the unmasked ones save nothing and spill.
 """
 
 from __future__ import annotations
@@ -44,16 +45,16 @@ DKV_KEYS = 128
 
 @gluon.jit
 def _dq_produce(
-    q1_desc, q2_desc, do_desc, k1_desc, k2_desc, v_desc, k1_tail_desc, k2_tail_desc, v_tail_desc, q1_buf, q2_buf, do_buf,
-    k1_buf, k2_buf, v_buf, k1_tail, k2_tail, v_tail, q_full, q_empty, k_full, k_empty, v_full, v_empty, tail_full,
-    tail_empty, table, M, first, step, Hk: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, D2: gl.constexpr,
+    q1_desc, q2_desc, do_desc, k1_desc, k2_desc, v_desc, k1_tail_desc, k2_tail_desc, v_tail_desc, q1_buf, q2_buf,
+    do_buf, k1_buf, k2_buf, v_buf, k1_tail, k2_tail, v_tail, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    tail_full, tail_empty, table, M, first, step, Hk: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, D2: gl.constexpr,
     W: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     items = first * 0
     tails = first * 0
     tiles = first * 0
     for item in range(first, M * 8 * Hk, step):
-        g, start, end, doc_start, n, n_inside, tail = work_item(table, M, item, Hk, W, KEYS)
+        g, start, end, _doc_start, n, _n_inside, tail = work_item(table, M, item, Hk, W, KEYS)
         for w in gl.static_range(2):
             mbarrier.wait(q_empty.index(w), (items & 1) ^ 1)
             mbarrier.expect(q_full.index(w), 64 * (D + DV) * 2)
@@ -134,7 +135,7 @@ def _dq_consume(
     tails = first * 0
     tiles = first * 0
     for item in range(first, M * 8 * Hk, step):
-        g, start, end, doc_start, n, n_inside, tail = work_item(table, M, item, Hk, W, KEYS)
+        g, start, end, doc_start, n, _n_inside, tail = work_item(table, M, item, Hk, W, KEYS)
         token = start + HALF * 4 + row // 16
         oldest = gl.maximum(token - (W - 1), doc_start)
         at = token.to(gl.int64) * Hq + g * 16 + row % 16
@@ -217,11 +218,11 @@ def _win_dq_hopper(
     step = gl.num_programs(0)
     gl.warp_specialize([
         (_dq_consume, (0, lse_ptr, delta_ptr, dq_ptr, q1_buf, q2_buf, do_buf, k1_buf, k2_buf, v_buf, k1_tail, k2_tail,
-                       v_tail, q_full, q_empty, k_full, k_empty, v_full, v_empty, tail_full, tail_empty, table, M, first,
-                       step, scale, dq_scale, Hk, D, DV, D2, W, KEYS, STAGES, ADD)),
+                       v_tail, q_full, q_empty, k_full, k_empty, v_full, v_empty, tail_full, tail_empty, table, M,
+                       first, step, scale, dq_scale, Hk, D, DV, D2, W, KEYS, STAGES, ADD)),
         (_dq_consume, (1, lse_ptr, delta_ptr, dq_ptr, q1_buf, q2_buf, do_buf, k1_buf, k2_buf, v_buf, k1_tail, k2_tail,
-                       v_tail, q_full, q_empty, k_full, k_empty, v_full, v_empty, tail_full, tail_empty, table, M, first,
-                       step, scale, dq_scale, Hk, D, DV, D2, W, KEYS, STAGES, ADD)),
+                       v_tail, q_full, q_empty, k_full, k_empty, v_full, v_empty, tail_full, tail_empty, table, M,
+                       first, step, scale, dq_scale, Hk, D, DV, D2, W, KEYS, STAGES, ADD)),
         (_dq_produce, (q1_desc, q2_desc, do_desc, k1_desc, k2_desc, v_desc, k1_tail_desc, k2_tail_desc, v_tail_desc,
                        q1_buf, q2_buf, do_buf, k1_buf, k2_buf, v_buf, k1_tail, k2_tail, v_tail, q_full, q_empty, k_full,
                        k_empty, v_full, v_empty, tail_full, tail_empty, table, M, first, step, Hk, D, DV, D2, W, KEYS,
@@ -232,19 +233,14 @@ def _win_dq_hopper(
 @gluon.jit
 def _probabilities(
     s, token, end, lse_buf, start, stage, scale, W: gl.constexpr, S: gl.constexpr, COLUMNS: gl.constexpr,
-    HALF: gl.constexpr, CAUSAL: gl.constexpr, OLD: gl.constexpr, RAGGED: gl.constexpr,
+    HALF: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
-    """Packed P of the 4 tokens from `token` and the 128 keys from `start`.
-
-    CAUSAL: some keys are in a token's future; OLD: some have left its window; RAGGED: tokens may lie behind `end`.
-    """
+    """Packed P of the 4 tokens from `token` and the 128 keys from `start`; RAGGED: tokens may lie behind `end`."""
     p = gl.exp2(s * scale - _columns(lse_buf, stage, S, COLUMNS)[None, :])
     t = token + gl.arange(0, 64, layout=gl.SliceLayout(0, S)) // 16
     key = start + gl.arange(0, 128, layout=gl.SliceLayout(1, S))
-    if CAUSAL:
-        p = gl.where(key[:, None] <= t[None, :], p, 0.0)
-    if OLD:
-        p = gl.where(key[:, None] > t[None, :] - W, p, 0.0)
+    age = (t[None, :] - key[:, None]).to(gl.uint32)  # a key in the future is older than any window
+    p = gl.where(age < W, p, 0.0)
     if RAGGED:
         p = gl.where((t < end)[None, :], p, 0.0)
     return _pack(p, HALF)
@@ -255,7 +251,7 @@ def _dkv_step(
     token, q_stage, phase, j, p, dk1, dk2, dv, k1_buf, k2_buf, v_buf, q1_buf, q2_buf, do_buf, lse_buf, delta_buf,
     q_full, do_full, q1_desc, q2_desc, do_desc, lse_desc, delta_desc, start, g, scale, zero,
     D: gl.constexpr, DV: gl.constexpr, D2: gl.constexpr, W: gl.constexpr, S: gl.constexpr, COLUMNS: gl.constexpr,
-    P1: gl.constexpr, P2: gl.constexpr, PV: gl.constexpr, CAUSAL: gl.constexpr, OLD: gl.constexpr,
+    P1: gl.constexpr, P2: gl.constexpr, PV: gl.constexpr,
 ):  # fmt: skip
     """The 4 tokens from `token`. Enters with their P and nothing in flight; leaves with P of the 4 before them.
 
@@ -284,9 +280,7 @@ def _dkv_step(
     if D2 > 0:
         x2 = warpgroup_mma(gl.convert_layout(ds, P2), q2_buf.index(q_stage).reshape([64, D2]), dk2, is_async=True)
     s = warpgroup_mma_wait(2 if D2 > 0 else 1, deps=[s])
-    p = _probabilities(
-        s, token - 4, 0, lse_buf, start, next_stage, scale, W, S, COLUMNS, HALF, CAUSAL, OLD, False
-    )  # fmt: skip
+    p = _probabilities(s, token - 4, 0, lse_buf, start, next_stage, scale, W, S, COLUMNS, HALF, False)
     if D2 > 0:
         dk1, dk2 = warpgroup_mma_wait(0, deps=[x1, x2])
     else:
@@ -340,9 +334,6 @@ def _win_dkv_hopper(
     end = gl.minimum(keys_end - 1 + W, gl.load(tile + 3 * M))
     if start >= keys_end:
         return
-    # from `late` on some keys are too old for a token, before `middle` some are in its future
-    middle = start + 128
-    late = start + (W if W > 128 else 128)
     last = start + (end - 1 - start) // 4 * 4
     k1_buf = gl.allocate_shared_memory(HALF, [128, D1], LINES)
     k2_buf = gl.allocate_shared_memory(HALF, [128, D2], LINES) if D2 > 0 else k1_buf
@@ -367,7 +358,8 @@ def _win_dkv_hopper(
     tma_load(v_desc, [start, g * DV], kv_full, v_buf)
     for i in gl.static_range(2):
         _fill_q(
-            q1_desc, q2_desc, lse_desc, q1_buf, q2_buf, lse_buf, q_full, i, last - 4 * i, g, last - 4 * i >= start, D, D2
+            q1_desc, q2_desc, lse_desc, q1_buf, q2_buf, lse_buf, q_full, i, last - 4 * i, g,
+            last - 4 * i >= start, D, D2,
         )  # fmt: skip
     _fill_do(do_desc, delta_desc, do_buf, delta_buf, do_full, 0, last, g, True, DV)
     zero = gl.zeros([128, 64], gl.float32, layout=S)
@@ -377,29 +369,15 @@ def _win_dkv_hopper(
     mbarrier.wait(kv_full, 0)
     mbarrier.wait(q_full.index(0), 0)
     s = warpgroup_mma_wait(0, deps=[_scores(k1_buf, k2_buf, q1_buf, q2_buf, 0, zero, D1, D2)])
-    p = _probabilities(s, last, end, lse_buf, start, 0, scale, W, S, COLUMNS, HALF, True, True, True)
+    p = _probabilities(s, last, end, lse_buf, start, 0, scale, W, S, COLUMNS, HALF, True)
     stage = start * 0
     phase = start * 0
     j = start * 0
-    too_old = gl.maximum(last - late, 0) // 4  # steps whose next tile, 4 tokens earlier, is of this kind
-    unmasked = gl.maximum(last - middle, 0) // 4
-    for i in range(0, too_old):
+    for i in range((last - start) // 4 + 1):
         stage, phase, j, p, dk1, dk2, dv = _dkv_step(
             last - 4 * i, stage, phase, j, p, dk1, dk2, dv, k1_buf, k2_buf, v_buf, q1_buf, q2_buf, do_buf, lse_buf,
             delta_buf, q_full, do_full, q1_desc, q2_desc, do_desc, lse_desc, delta_desc, start, g, scale, zero,
-            D, DV, D2, W, S, COLUMNS, P1, P2, PV, False, True,
-        )  # fmt: skip
-    for i in range(too_old, unmasked):
-        stage, phase, j, p, dk1, dk2, dv = _dkv_step(
-            last - 4 * i, stage, phase, j, p, dk1, dk2, dv, k1_buf, k2_buf, v_buf, q1_buf, q2_buf, do_buf, lse_buf,
-            delta_buf, q_full, do_full, q1_desc, q2_desc, do_desc, lse_desc, delta_desc, start, g, scale, zero,
-            D, DV, D2, W, S, COLUMNS, P1, P2, PV, False, False,
-        )  # fmt: skip
-    for i in range(unmasked, (last - start) // 4 + 1):
-        stage, phase, j, p, dk1, dk2, dv = _dkv_step(
-            last - 4 * i, stage, phase, j, p, dk1, dk2, dv, k1_buf, k2_buf, v_buf, q1_buf, q2_buf, do_buf, lse_buf,
-            delta_buf, q_full, do_full, q1_desc, q2_desc, do_desc, lse_desc, delta_desc, start, g, scale, zero,
-            D, DV, D2, W, S, COLUMNS, P1, P2, PV, True, W < 128,
+            D, DV, D2, W, S, COLUMNS, P1, P2, PV,
         )  # fmt: skip
     _store(dk_ptr, dk1 * dk_scale, start, keys_end, g, Hk, 0, D, D1, A1)
     if D2 > 0:
