@@ -345,10 +345,10 @@ def query_tiles(size: dict[str, int], window: int, wide: bool) -> dict[str, int]
 
 
 def key_tiles(size: dict[str, int], wide: bool) -> dict[str, int]:
-    """Settings of dK/dV: keys of a program and tokens of a step."""
+    """Settings of dK/dV: keys of a program and tokens of a step. 128 keys or 64 rows a step would spill at 192/128."""
     narrow = max(1, max(size["D0"] + size["D1"], 2 * size["DVP"]) // 256)
-    KEYS, rows = max(16, (32 if wide else 64) // narrow), max(16, (32 if wide else 64) // narrow)
-    return {"KEYS": KEYS, "STEP": max(1, rows // size["GP"]), "num_warps": 4}
+    KEYS, rows = max(16, (32 if wide else 64) // narrow), max(16, 32 // narrow)
+    return {"KEYS": KEYS, "STEP": max(1, rows // size["GP"]), "num_warps": 4 if wide else 8}
 
 
 def forward(
