@@ -84,6 +84,16 @@ def _doctor(overrides: list[str]) -> int:
     return examine(config)
 
 
+def _bench(arguments: list[str]) -> int:
+    """measure this machine: `bench attention`, with --help for its options"""
+    from nsa_train.bench import attention
+
+    benchmarks = {"attention": attention.main}
+    if not arguments or arguments[0] not in benchmarks:
+        raise NsaTrainError(f"bench: name one of {', '.join(benchmarks)}, like `nsa-train bench attention --help`")
+    return benchmarks[arguments[0]](arguments[1:])
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "tokenizer": _tokenizer,
@@ -91,7 +101,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "config": _show_config,
     "plan": _plan,
     "doctor": _doctor,
+    "bench": _bench,
 }
+OWN_OPTIONS = ("bench",)  # commands that are not about one configuration and parse their own arguments
 
 
 def _config(overrides: list[str]):
@@ -109,7 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
+        own = name in OWN_OPTIONS
+        sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__, add_help=not own)
+        if own:
+            sub.add_argument("overrides", nargs=argparse.REMAINDER, metavar="...")
+            continue
         sub.add_argument(
             "overrides", nargs="*", metavar="key=value",
             help="group=option (attention=full) or key.path=value (trainer.steps=100); `nsa-train config` shows all",

@@ -58,6 +58,12 @@ def _tile_table(
                 tl.store(table + column * M + at + i, 0 * i, mask=at + i < M)
 
 
+def compressed_lengths(cu_seqlens: Tensor, spec: NSASpec) -> Tensor:
+    """Compressed keys of each document, int32 [N]: (L - l) // d + 1 where L >= l, else 0."""
+    lengths = cu_seqlens.diff()
+    return torch.where(lengths >= spec.cmp_block, (lengths - spec.cmp_block) // spec.cmp_stride + 1, 0).to(torch.int32)
+
+
 class Documents:
     """The documents of a packed sequence as kernels read them.
 
@@ -71,6 +77,10 @@ class Documents:
     def __init__(self, cu_seqlens: Tensor, T: int, spec: NSASpec) -> None:
         self.cu_seqlens, self.tokens, self.spec = cu_seqlens, T, spec
         self._tables: dict[tuple[int, bool], Tensor] = {}
+
+    def compressed_keys(self) -> Tensor:
+        """Compressed keys of all documents, a number on the device."""
+        return compressed_lengths(self.cu_seqlens, self.spec).sum()
 
     def token_tiles(self, size: int) -> Tensor:
         """Tiles of `size` tokens; M = T // size + N."""

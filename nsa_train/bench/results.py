@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 
 from nsa_train import runtime
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
 
 def device_facts() -> dict[str, Any]:
@@ -33,12 +34,25 @@ def device_facts() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_result(name: str, kind: str, rows: list[dict[str, Any]], commit: str | None) -> Path:
-    """docs/results/<name>.json; `commit` names the source where the tree is no git checkout."""
-    path = RESULTS / f"{name}.json"
+def gpu_label() -> str:
+    """The GPU's name as files carry it: `NVIDIA H100 80GB HBM3` is h100."""
+    found = re.search(r"[A-Z]+\d+[A-Z]*", torch.cuda.get_device_name())
+    return found.group().lower() if found else "gpu"
+
+
+def write_result(
+    name: str, kind: str, rows: list[dict[str, Any]], commit: str | None = None, folder: Path = RESULTS
+) -> Path:
+    """<folder>/<name>.json; `commit` names the source where the tree is no git checkout."""
+    path = folder / f"{name}.json"
     head = {
         "schema": f"nsa-train/{kind}/1",
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(
+            [
+                "nsa-train" if sys.argv[0].endswith(("__main__.py", "nsa-train")) else "python " + sys.argv[0],
+                *sys.argv[1:],
+            ]
+        ),
         "commit": runtime.git_commit() or commit,
         "date": datetime.date.today().isoformat(),
         "device": device_facts(),
