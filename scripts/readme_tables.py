@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -39,7 +40,37 @@ def first_run() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"first_run": first_run}
+def attention() -> str:
+    """Forward + backward of the op beside the fastest dense kernel, one line per widths, documents and indices."""
+    lines = ["| GPU | heads, widths | documents | blocks | T | NSA ms | dense ms (kernel) | times faster | peak GiB |",
+             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for path in sorted(RESULTS.glob("attention_*.json")):
+        result = json.loads(path.read_text())
+        for op in (row for row in result["rows"] if (row["part"] == "op" and row["pass"] == "fwd") or "error" in row):
+            lines.append(attention_line(result, op))
+    return "\n".join(lines)
+
+
+def attention_line(result: dict[str, Any], op: dict[str, Any]) -> str:
+    shape = ("T", "Hq", "Hk", "d_qk", "d_v", "docs")
+    start = (
+        f"| {result['device']['name']} | {op['Hq']}/{op['Hk']}, {op['d_qk']}/{op['d_v']} | {op['docs']} | "
+        f"{op['indices']} | {op['T'] // 1024}k | "
+    )
+    if "error" in op:
+        return f"{start}{op['error']} | | | |"
+    same = [row for row in result["rows"] if all(row[key] == op[key] for key in shape) and "ms" in row]
+    ours = sum(row["ms"] for row in same if row["part"] == "op" and row["indices"] == op["indices"])
+    dense: dict[str, float] = {}
+    for row in same:
+        if row["part"] == "dense":
+            dense[row["impl"]] = dense.get(row["impl"], 0.0) + row["ms"]
+    best = min(dense, key=dense.get) if dense else None  # type: ignore[arg-type]
+    beside = f"{dense[best]:.1f} ({best}) | {dense[best] / ours:.2f}" if best else "- | -"
+    return f"{start}{ours:.2f} | {beside} | {op['peak_gib']:.1f} |"
+
+
+TABLES = {"first_run": first_run, "attention": attention}
 
 
 def filled(text: str) -> str:

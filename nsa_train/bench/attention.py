@@ -6,6 +6,7 @@ A card slows down as it warms up, so all candidates of a length take turns, and 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torch import Tensor
 from nsa_train import runtime
 from nsa_train.bench import results
 from nsa_train.bench.exact import attention_of_rows
+from nsa_train.bench.figures import plot_attention
 from nsa_train.bench.inputs import Shape, index_set, realistic_lengths
 from nsa_train.errors import NsaTrainError
 from nsa_train.model.branches import PHI
@@ -34,6 +36,7 @@ from nsa_train.packing import Packing
 
 SPEC = NSASpec()  # the paper's sizes
 CHECKED_QUERIES = 48
+QUEUED_CYCLES = 40_000_000  # about 25 ms: launches queue up behind this, so that the host's time does not show
 DENSE = ("cudnn", "flash", "varlen")
 Timed = Callable[[], Any]
 Key = tuple[str, str, str]  # impl, part, pass
@@ -102,21 +105,21 @@ class Case:
     @torch.no_grad()
     def forward(self, name: str) -> Any:
         blocks = (self.blocks,) if name == "selected" else ()
-        kernels = part(name, self.q, self.slc[1], SPEC)
+        kernels = part(name, self.q, *self.keys[name], SPEC)
         return kernels.forward(self.q, *self.keys[name], *blocks, self.documents(), SPEC, self.scale)
 
     @torch.no_grad()
     def backward(self, name: str) -> Any:
         blocks = (self.blocks,) if name == "selected" else ()
         i = list(self.keys).index(name)
-        return part(name, self.q, self.slc[1], SPEC).backward(
+        return part(name, self.q, *self.keys[name], SPEC).backward(
             self.q, *self.keys[name], *blocks, self.do, self.gated_lses[i], self.delta[i], self.documents(), SPEC,
             self.scale, self.dq, accumulate=name != "selected",
         )  # fmt: skip
 
     @torch.no_grad()
     def select(self, k_cmp: Tensor) -> Any:
-        kernels = part("select", self.q, self.slc[1], SPEC)
+        kernels = part("select", self.q, k_cmp, self.keys["compressed"][1], SPEC)
         return kernels.select_blocks(self.q, k_cmp, self.lses[0], self.documents(), SPEC, self.scale)
 
     def op(self) -> Tensor:
@@ -174,8 +177,8 @@ class Case:
         do = torch.zeros_like(self.do)
         do[rows] = self.do[rows]
         with torch.no_grad():
-            compressed = self.compressed()
-        compressed = [x.requires_grad_() for x in compressed]
+            k_cmp, v_cmp = self.compressed()
+        compressed = k_cmp.requires_grad_(), v_cmp.requires_grad_()
         inputs = [self.q, *compressed, *self.slc, *self.win, self.gates]
         got = self.attend(*compressed)
         want = attention_of_rows(
@@ -191,7 +194,7 @@ class Case:
 
 
 def _error(got: Tensor, want: Tensor) -> float:
-    got, want = got.double(), want.double()
+    got, want = got.detach().double(), want.detach().double()
     return float((got - want).norm() / want.norm())
 
 
@@ -205,7 +208,7 @@ def take_turns(timed: dict[Any, Timed], seconds: float, max_turns: int) -> dict[
     for turn in range(max_turns):
         for key, function in timed.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(200_000)  # the launches queue up behind this, so the host's time does not show
+            torch.cuda._sleep(QUEUED_CYCLES)
             start.record()
             function()
             end.record()
@@ -287,6 +290,7 @@ def main(arguments: list[str]) -> int:
     if not torch.cuda.is_available():
         raise NsaTrainError("bench attention: no CUDA device here; it measures kernels on a GPU")
     Hq, Hk = map(int, args.heads.split("/"))
+    name = args.name or f"attention_{results.gpu_label()}"
     rows: list[dict[str, Any]] = []
     cases = list(product(args.widths, args.lengths, args.docs, args.indices))
     for i, (widths, T, docs, indices) in enumerate(cases):
@@ -298,5 +302,6 @@ def main(arguments: list[str]) -> int:
         torch.cuda.empty_cache()
         rows += found
         runtime.log.info("[%d/%d] %s", i + 1, len(cases), table(found))
-        results.write_result(args.name or f"attention_{results.gpu_label()}", "attention", rows, args.commit, args.out)
+        written = results.write_result(name, "attention", rows, args.commit, args.out)
+    plot_attention(json.loads(written.read_text()), written.with_suffix(".png"))
     return 0

@@ -11,6 +11,8 @@ gradient of the gate. So gates must not be negative (they are sigmoids); a gate 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -87,7 +89,7 @@ def forward(gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor) -> Tenso
 
 
 def backward(
-    do: Tensor, gates: Tensor, outputs: tuple[Tensor, Tensor, Tensor], lses: tuple[Tensor, Tensor, Tensor]
+    do: Tensor, gates: Tensor, outputs: Sequence[Tensor], lses: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of the gates, and what the branches' backward reads beside `do`.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from nsa_train.ops.documents import compressed_lengths
 from nsa_train.ops.nsa_triton import nsa_forward
 from nsa_train.ops.reference import NSADetails, NSASpec, nsa_reference
-from nsa_train.ops.tiles import interpreted
+from nsa_train.ops.tiles import INTERPRETED
 
 __all__ = ["NSADetails", "NSASpec", "compressed_lengths", "nsa_attention"]
 
@@ -77,7 +77,7 @@ def _backend(backend: str, q: Tensor) -> str:
         raise ValueError(f"backend={backend!r} must be 'auto', 'reference' or 'triton'")
     if backend == "triton" and q.dtype not in KERNEL_DTYPES:
         raise ValueError(f"backend='triton' takes bf16, fp16 and fp32, not {q.dtype}; use 'reference'")
-    if backend == "triton" and not q.is_cuda and not interpreted():
+    if backend == "triton" and not q.is_cuda and not INTERPRETED:
         raise ValueError(
             f"backend='triton' needs CUDA tensors, q is on {q.device}; on a CPU it works only in Triton's interpreter "
             "(TRITON_INTERPRET=1 in the environment); use 'auto' or 'reference'"

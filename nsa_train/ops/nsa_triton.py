@@ -21,7 +21,6 @@ from nsa_train.ops import (
     select,
     select_hopper,
     selected,
-    selected_hopper,
     window,
     window_hopper,
 )  # fmt: skip
@@ -31,23 +30,23 @@ from nsa_train.ops.tiles import is_hopper
 
 log = logging.getLogger("nsa_train")
 
-PARTS: dict[str, tuple[ModuleType, ModuleType]] = {
+PARTS: dict[str, tuple[ModuleType, ModuleType | None]] = {  # plain Triton, and Hopper where it is worth its lines
     "compressed": (compressed, compressed_hopper),
     "select": (select, select_hopper),
-    "selected": (selected, selected_hopper),
+    "selected": (selected, None),
     "window": (window, window_hopper),
 }
 
 
-def part(name: str, q: Tensor, v: Tensor, spec: NSASpec) -> ModuleType:
+def part(name: str, q: Tensor, k: Tensor, v: Tensor, spec: NSASpec) -> ModuleType:
     """The kernels of a part for these inputs: the Hopper ones where they take them, else plain Triton."""
     plain, hopper = PARTS[name]
-    if not is_hopper(q.device):
+    if hopper is None or not is_hopper(q.device):
         return plain
+    if hopper.takes(q, k, v, spec):
+        return hopper
     Hq, D = q.shape[1:]
     Hk, Dv = v.shape[1:]
-    if hopper.takes(q.dtype, Hq // Hk, D, Dv, spec):
-        return hopper
     _log_plain(name, q.dtype, Hq // Hk, D, Dv, spec)
     return plain
 
@@ -72,13 +71,13 @@ def nsa_forward(
     sizes = NSASpec(*spec)
     documents = Documents(cu_seqlens, q.shape[0], sizes)
     k_cmp, v_cmp = _without_tail(k_cmp, v_cmp, documents)
-    o_cmp, lse_cmp = part("compressed", q, v_cmp, sizes).forward(q, k_cmp, v_cmp, documents, sizes, scale)
+    o_cmp, lse_cmp = part("compressed", q, k_cmp, v_cmp, sizes).forward(q, k_cmp, v_cmp, documents, sizes, scale)
     if blocks is None:
-        blocks = part("select", q, v_cmp, sizes).select_blocks(q, k_cmp, lse_cmp, documents, sizes, scale)
+        blocks = part("select", q, k_cmp, v_cmp, sizes).select_blocks(q, k_cmp, lse_cmp, documents, sizes, scale)
     else:
         blocks = blocks.clone()  # an op's output may not be its input
-    o_slc, lse_slc = part("selected", q, v_slc, sizes).forward(q, k_slc, v_slc, blocks, documents, sizes, scale)
-    o_win, lse_win = part("window", q, v_win, sizes).forward(q, k_win, v_win, documents, sizes, scale)
+    o_slc, lse_slc = part("selected", q, k_slc, v_slc, sizes).forward(q, k_slc, v_slc, blocks, documents, sizes, scale)
+    o_win, lse_win = part("window", q, k_win, v_win, sizes).forward(q, k_win, v_win, documents, sizes, scale)
     out = combine.forward(gates, o_cmp, o_slc, o_win)
     return [out, blocks, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win]
 
@@ -104,13 +103,13 @@ def nsa_backward(
     k_cmp, v_cmp = _without_tail(k_cmp, v_cmp, documents)
     dgates, delta, lse = combine.backward(do, gates, outputs, lses)
     dq = torch.empty_like(q)
-    dk_slc, dv_slc = part("selected", q, v_slc, sizes).backward(
+    dk_slc, dv_slc = part("selected", q, k_slc, v_slc, sizes).backward(
         q, k_slc, v_slc, blocks, do, lse[1], delta[1], documents, sizes, scale, dq, accumulate=False
     )
-    dk_win, dv_win = part("window", q, v_win, sizes).backward(
+    dk_win, dv_win = part("window", q, k_win, v_win, sizes).backward(
         q, k_win, v_win, do, lse[2], delta[2], documents, sizes, scale, dq, accumulate=True
     )
-    dk_cmp, dv_cmp = part("compressed", q, v_cmp, sizes).backward(
+    dk_cmp, dv_cmp = part("compressed", q, k_cmp, v_cmp, sizes).backward(
         q, k_cmp, v_cmp, do, lse[0], delta[0], documents, sizes, scale, dq, accumulate=True
     )
     return [dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates]

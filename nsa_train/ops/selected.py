@@ -1,7 +1,7 @@
 """Selected branch in plain Triton: each query attends to the visible tokens of the blocks chosen for its KV head.
 
-Paper section 3.3.2, eq. 12. Reference: `reference.attend` with `reference.slc_visible`. Notes: docs/kernels/selected.md.
-Runs for every width, group size and NSASpec; `selected_hopper` has the same functions for what Hopper is tuned for.
+Paper section 3.3.2, eq. 12. Reference: `reference.attend` with `reference.slc_visible`.
+Runs for every width, group size and NSASpec.
 
     T  tokens, packed    Hq, Hk  query and KV heads    G = Hq // Hk    D, Dv  key and value width
     n, l'  slc_count, slc_block    GP  G padded to a power of two
@@ -247,9 +247,10 @@ def shapes(q: Tensor, v: Tensor, spec: NSASpec) -> dict[str, int]:
     _, Hk, Dv = v.shape
     D1, D2 = split_width(D)
     G = Hq // Hk
-    return dict(
-        Hk=Hk, G=G, GP=power_of_two(G), D=D, DV=Dv, D1=D1, D2=D2, V1=power_of_two(Dv, 16), L=spec.slc_block
-    )  # fmt: skip
+    return {
+        "Hk": Hk, "G": G, "GP": power_of_two(G), "D": D, "DV": Dv, "D1": D1, "D2": D2, "V1": power_of_two(Dv, 16),
+        "L": spec.slc_block,
+    }  # fmt: skip
 
 
 def settings(size: dict[str, int], rows: tuple[int, int], most_tokens: int, dtype: torch.dtype) -> dict[str, int]:
@@ -258,7 +259,7 @@ def settings(size: dict[str, int], rows: tuple[int, int], most_tokens: int, dtyp
     narrower = max(1, (size["D1"] + size["D2"]) // 256, size["V1"] // 256)
     filled = max(16, min(rows[wide] // narrower, most_tokens * size["GP"]), size["GP"])
     keys = min(max(16, KEYS[wide] // narrower), power_of_two(size["L"], 16))
-    return dict(ROWS=filled, KEYS=keys, num_warps=8 if filled > 64 else 4, num_stages=2)
+    return {"ROWS": filled, "KEYS": keys, "num_warps": 8 if filled > 64 else 4, "num_stages": 2}
 
 
 def walk(
@@ -267,7 +268,7 @@ def walk(
     """Unions for programs of `rows` rows, and the sizes that belong to them."""
     union = unions(blocks, documents, spec, min(rows // size["GP"], MOST_TOKENS), by_block)
     TOKENS = union.entries.shape[2] // spec.slc_count
-    return union, dict(N=spec.slc_count, TOKENS=TOKENS, PIECES=triton.cdiv(spec.slc_block, TOKENS))
+    return union, {"N": spec.slc_count, "TOKENS": TOKENS, "PIECES": triton.cdiv(spec.slc_block, TOKENS)}
 
 
 def forward(

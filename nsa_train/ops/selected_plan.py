@@ -110,7 +110,7 @@ def unions(blocks: Tensor, documents: Documents, spec: NSASpec, tokens: int, by_
     table = documents.token_tiles(spec.slc_block)
     M, pieces = table.shape[1], triton.cdiv(spec.slc_block, tokens)
     tiles = M * pieces
-    new = dict(dtype=torch.int32, device=blocks.device)
+    new = {"dtype": torch.int32, "device": blocks.device}
     entries, counts = torch.empty(Hk, tiles, tokens * n, **new), torch.empty(Hk, tiles, **new)
     chose = torch.zeros(Hk, M, tiles, dtype=torch.uint8, device=blocks.device) if by_block else None
     padded = max(power_of_two(n), 2)
@@ -210,10 +210,10 @@ def readers(union: Unions, T: int, documents: Documents, spec: NSASpec) -> Reade
     pieces = tiles // M
     lists, chosen = Hk * M, T * Hk * spec.slc_count
     W = lists + chosen // ITEM_TOKENS
-    new = dict(dtype=torch.int32, device=union.chose.device)
+    new = {"dtype": torch.int32, "device": union.chose.device}
     sizes, tokens = torch.empty(3, lists, **new), torch.empty(chosen, **new)
     work = torch.full((5, W), -1, **new)
-    launch = dict(L=spec.slc_block, PIECES=pieces, ITEM=ITEM_TOKENS, WIDTH=1024, num_warps=4)
+    launch = {"L": spec.slc_block, "PIECES": pieces, "ITEM": ITEM_TOKENS, "WIDTH": 1024, "num_warps": 4}
     _selected_reader_counts[(M, Hk)](union.chose, sizes, table, M, tiles, lists, **launch)
     ends = sizes.cumsum(1, dtype=torch.int32)
     _selected_reader_lists[(M, Hk)](
@@ -250,21 +250,21 @@ def _selected_dkv_sum(
         d = c + tl.arange(0, WIDTH)
         mask = there[:, None] & (d < D)[None, :]
         total = tl.zeros([KEYS, WIDTH], tl.float32)
-        for i in range(0, items):
+        for i in range(items):
             total += tl.load(part_k + ((slot + i) * L + inside)[:, None] * D + d[None, :], mask=mask, other=0.0)
         tl.store(dk + row[:, None] * D + d[None, :], total.to(dk.dtype.element_ty), mask=mask)
     for c in tl.static_range(0, DV, WIDTH):
         d = c + tl.arange(0, WIDTH)
         mask = there[:, None] & (d < DV)[None, :]
         total = tl.zeros([KEYS, WIDTH], tl.float32)
-        for i in range(0, items):
+        for i in range(items):
             total += tl.load(part_v + ((slot + i) * L + inside)[:, None] * DV + d[None, :], mask=mask, other=0.0)
         tl.store(dv + row[:, None] * DV + d[None, :], total.to(dv.dtype.element_ty), mask=mask)
 
 
 def partial_sums(read: Readers, L: int, D: int, Dv: int) -> tuple[Tensor, Tensor]:
     """Room for the partial sums of blocks with several work items (336 MB at T = 64k, 4 KV heads, 192/128)."""
-    new = dict(dtype=torch.float32, device=read.work.device)
+    new = {"dtype": torch.float32, "device": read.work.device}
     return torch.empty(read.slots, L, D, **new), torch.empty(read.slots, L, Dv, **new)
 
 

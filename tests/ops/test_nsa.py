@@ -93,7 +93,7 @@ def test_the_kernels_refuse_fp64():
 
 
 def test_the_kernels_on_a_cpu_say_that_they_need_the_interpreter(monkeypatch):
-    monkeypatch.setattr("nsa_train.ops.nsa.interpreted", lambda: False)
+    monkeypatch.setattr("nsa_train.ops.nsa.INTERPRETED", False)
     with pytest.raises(ValueError, match=r"needs CUDA tensors, q is on cpu.*TRITON_INTERPRET=1"):
         nsa_attention(**packed_case([11], dtype=torch.float32), backend="triton")
 

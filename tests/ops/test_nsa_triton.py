@@ -49,10 +49,11 @@ def test_output_and_every_gradient_equal_the_reference(lengths, sizes):
         assert_close(name, getattr(details, name), getattr(want_details, name), rms=1e-5)
     want_gradients = gradients(wanted, want)
     for name, got in gradients(case, o).items():
-        if want_gradients[name] is not None and want_gradients[name].abs().max() > 0:
-            assert_close(name, got, want_gradients[name], rms=3e-5)
-        else:
-            assert not got.any(), name
+        exact_gradient = want_gradients[name]
+        if exact_gradient is not None and exact_gradient.abs().sum() > 1e-9:
+            assert_close(name, got, exact_gradient, rms=3e-5)
+        else:  # a softmax over one key has no slope; rounding may leave a trace of it
+            assert not got.numel() or got.abs().max() < 1e-6, name
 
 
 def test_given_blocks_are_used_instead_of_selecting():

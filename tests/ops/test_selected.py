@@ -1,4 +1,4 @@
-"""The selected attention kernels against `reference.attend` under `reference.slc_visible`, every output and gradient."""
+"""The selected attention kernels against `reference.attend` with `slc_visible`, every output and gradient."""
 
 import pytest
 import torch
@@ -80,13 +80,13 @@ def unwritten_memory_is_poison(monkeypatch):
 
 CASES = {
     "edges of a block": ([1, 3, 4, 5, 21], spec(), {}),
-    "16 heads": ([23], spec(8, 2), dict(G=16)),
-    "odd everything": ([26, 5], spec(11, 5, 0, 2), dict(Hk=2, G=3, D=7, Dv=5)),
-    "one head, two widths": ([30, 1], spec(8, 3, 0, 1), dict(G=1, D=24, Dv=20)),
+    "16 heads": ([23], spec(8, 2), {"G": 16}),
+    "odd everything": ([26, 5], spec(11, 5, 0, 2), {"Hk": 2, "G": 3, "D": 7, "Dv": 5}),
+    "one head, two widths": ([30, 1], spec(8, 3, 0, 1), {"G": 1, "D": 24, "Dv": 20}),
     "blocks of one token": ([9], spec(1, 5, 2, 1), {}),
     "one block only": ([13, 9], spec(4, 1, 0, 1), {}),
-    "blocks wider than a tile of keys": ([90], spec(70, 2, 0, 1), dict(G=1)),
-    "more heads than rows": ([9], spec(4, 2, 0, 1), dict(G=40)),
+    "blocks wider than a tile of keys": ([90], spec(70, 2, 0, 1), {"G": 1}),
+    "more heads than rows": ([9], spec(4, 2, 0, 1), {"G": 40}),
 }
 
 
