@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nsa_train.bench.figures import totals
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAPER_WIDTHS = (192, 128)
@@ -55,22 +57,18 @@ def attention() -> str:
 
 
 def attention_line(result: dict[str, Any], op: dict[str, Any]) -> str:
-    shape = ("T", "Hq", "Hk", "d_qk", "d_v", "docs")
     start = (
         f"| {result['device']['name']} | {op['Hq']}/{op['Hk']}, {op['d_qk']}/{op['d_v']} | {op['docs']} | "
         f"{op['indices']} | {op['T'] // 1024}k | "
     )
     if "error" in op:
         return f"{start}{op['error']} | | | |"
-    same = [row for row in result["rows"] if all(row[key] == op[key] for key in shape) and "ms" in row]
-    ours = sum(row["ms"] for row in same if row["part"] == "op" and row["indices"] == op["indices"])
-    dense: dict[str, float] = {}
-    for row in same:
-        if row["part"] == "dense":
-            dense[row["impl"]] = dense.get(row["impl"], 0.0) + row["ms"]
-    best = min(dense, key=dense.get) if dense else None  # type: ignore[arg-type]
-    beside = f"{dense[best]:.1f} ({best}) | {dense[best] / ours:.2f}" if best else "- | -"
-    return f"{start}{ours:.2f} | {beside} | {op['peak_gib']:.1f} |"
+    ours, full = (totals(result["rows"], PAPER_WIDTHS, part, op["docs"]) for part in ("op", "dense"))
+    ms = ours[op["impl"], op["indices"]][op["T"]]
+    dense = {impl: by_length[op["T"]] for (impl, _), by_length in full.items() if op["T"] in by_length}
+    best = min(dense, key=lambda impl: dense[impl], default=None)
+    beside = f"{dense[best]:.1f} ({best}) | {dense[best] / ms:.2f}" if best else "- | -"
+    return f"{start}{ms:.2f} | {beside} | {op['peak_gib']:.1f} |"
 
 
 TABLES = {"first_run": first_run, "attention": attention}

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 
-def totals(rows: list[dict[str, Any]], widths: tuple[int, int], part: str) -> dict[tuple[str, str], dict[int, float]]:
-    """Forward + backward ms of one document by T: {(impl, indices): {T: ms}}; lengths with both passes only."""
+def totals(
+    rows: list[dict[str, Any]], widths: tuple[int, int], part: str, docs: int
+) -> dict[tuple[str, str], dict[int, float]]:
+    """Forward + backward ms of `docs` documents by T: {(impl, indices): {T: ms}}; lengths with both passes only."""
     found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
     for row in rows:
-        if "ms" in row and row["part"] == part and row["docs"] == 1 and (row["d_qk"], row["d_v"]) == widths:
+        if "ms" in row and row["part"] == part and row["docs"] == docs and (row["d_qk"], row["d_v"]) == widths:
             by_length = found.setdefault((row["impl"], row["indices"] or ""), {})
             by_length.setdefault(row["T"], {})[row["pass"]] = row["ms"]
     return {
@@ -26,8 +28,8 @@ def plot_attention(result: dict[str, Any], path: Path, widths: tuple[int, int] =
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    ours = {f"NSA, {indices} blocks": ms for (_, indices), ms in totals(result["rows"], widths, "op").items()}
-    dense = {impl: ms for (impl, _), ms in totals(result["rows"], widths, "dense").items()}
+    ours = {f"NSA, {indices} blocks": ms for (_, indices), ms in totals(result["rows"], widths, "op", 1).items()}
+    dense = {impl: ms for (impl, _), ms in totals(result["rows"], widths, "dense", 1).items()}
     figure, (time, speed) = plt.subplots(1, 2, figsize=(10, 4), dpi=110)
     for name, ms in {**ours, **dense}.items():
         time.plot(ms.keys(), ms.values(), marker="o", ls="-" if name in ours else "--", label=name)

@@ -11,7 +11,7 @@ from torch import Tensor
 from nsa_train.ops.nsa import NSASpec
 from nsa_train.packing import Packing
 
-# Lengths of documents in a long-context corpus: log-normal, median 570 and mean 1,960 tokens (docs/data.md).
+# Lengths of documents in a long-context corpus: log-normal, median 570 and mean 1,960 tokens.
 MEDIAN_TOKENS, MEAN_TOKENS = 570, 1960
 
 

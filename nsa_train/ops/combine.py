@@ -1,6 +1,6 @@
 """Gated sum of the branches (paper eq. 5): out[t, h] = sum over branches of gates[t, h, b] * o_b[t, h].
 
-Reference: `reference.gated_sum`. Notes: docs/kernels/window.md. Memory bound: each tensor is read or written once.
+Reference: `reference.gated_sum`. Memory bound: each tensor is read or written once.
 
 The gradient of a branch's output, gates_b * do, is never written. A branch's backward takes `do` itself, with
 lse'_b = lse_b - log2(gates_b), which makes its probabilities P' = gates_b P, and delta_b = <do, o_b>, which is also the

@@ -19,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa_train.ops.compressed import TOKEN_TILE
 from nsa_train.ops.compressed_hopper_bwd import backward
 from nsa_train.ops.compressed_tiles_hopper import (
     PIECES,
@@ -31,7 +30,7 @@ from nsa_train.ops.compressed_tiles_hopper import (
     takes,
     token_piece,
 )
-from nsa_train.ops.documents import Documents
+from nsa_train.ops.documents import TOKEN_TILE, Documents
 from nsa_train.ops.gluon_names import tma_load, tma_store
 from nsa_train.ops.reference import NSASpec
 from nsa_train.ops.tiles import LOG2E

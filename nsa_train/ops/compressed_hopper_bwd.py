@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa_train.ops.compressed import TOKEN_TILE, query_chunk, sum_partials
+from nsa_train.ops.compressed import query_chunk, sum_partials
 from nsa_train.ops.compressed_tiles_hopper import (
     PIECES,
     key_descriptors,
@@ -35,7 +35,7 @@ from nsa_train.ops.compressed_tiles_hopper import (
     row_descriptor,
     token_piece,
 )
-from nsa_train.ops.documents import Documents
+from nsa_train.ops.documents import TOKEN_TILE, Documents
 from nsa_train.ops.gluon_names import barrier, tma_load
 from nsa_train.ops.reference import NSASpec
 from nsa_train.ops.tiles import LOG2E

@@ -19,17 +19,21 @@ PIECE = 8  # tokens in a tile of forward, dQ and importance
 PIECES = 8  # in a tile of the table
 
 
-def takes(q: Tensor, k: Tensor, v: Tensor, spec: NSASpec) -> bool:
-    """The Hopper path is built for q [T, Hq, D], k [C, Hk, D], v [C, Hk, Dv] of these sizes."""
-    (Hq, D), (C, Hk, Dv) = q.shape[1:], v.shape
+def takes_heads(q: Tensor, v: Tensor) -> bool:
+    """The Hopper kernels are built for q [T, Hq, D] and v [rows, Hk, Dv] of these types and sizes."""
+    (Hq, D), (Hk, Dv) = q.shape[1:], v.shape[1:]
     return (
         is_hopper(q.device)
         and q.dtype in (torch.bfloat16, torch.float16)
         and Hq == 16 * Hk
         and (D, Dv) in ((64, 64), (128, 128), (192, 128))
-        and (spec.cmp_block, spec.cmp_stride, spec.slc_block) == (32, 16, 64)
-        and C > 0
     )
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor, spec: NSASpec) -> bool:
+    """Whether compressed attention and importance run for q [T, Hq, D], k [C, Hk, D], v [C, Hk, Dv]."""
+    paper = (spec.cmp_block, spec.cmp_stride, spec.slc_block) == (32, 16, 64)
+    return takes_heads(q, v) and paper and len(k) > 0
 
 
 def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:

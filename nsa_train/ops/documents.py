@@ -14,7 +14,14 @@ from torch import Tensor
 
 from nsa_train.ops.reference import NSASpec
 
+TOKEN_TILE = 64  # tokens in a tile of the table that forward and dQ kernels take pieces of
 COLUMNS = 6  # start, end, doc_start, doc_end, doc_cmp, doc_tile
+
+
+@triton.jit
+def _keys_of(length, CMP_BLOCK: tl.constexpr, CMP_STRIDE: tl.constexpr):
+    """Compressed keys of documents of `length` tokens; `compressed_lengths` in a kernel."""
+    return tl.where(length >= CMP_BLOCK, (length - CMP_BLOCK) // CMP_STRIDE + 1, 0)
 
 
 @triton.jit
@@ -31,14 +38,14 @@ def _tile_table(
         before = at + i < doc
         begin = tl.load(cu_seqlens + at + i, mask=before, other=0)
         length = tl.load(cu_seqlens + at + i + 1, mask=before, other=0) - begin
-        keys = tl.where(length >= CMP_BLOCK, (length - CMP_BLOCK) // CMP_STRIDE + 1, 0)
+        keys = _keys_of(length, CMP_BLOCK, CMP_STRIDE)
         doc_cmp += tl.sum(keys, 0)
         first += tl.sum(((keys if OF_KEYS else length) + SIZE - 1) // SIZE, 0)
     if doc < N:
         doc_start = tl.load(cu_seqlens + doc)
         doc_end = tl.load(cu_seqlens + doc + 1)
         length = doc_end - doc_start
-        keys = tl.where(length >= CMP_BLOCK, (length - CMP_BLOCK) // CMP_STRIDE + 1, 0)
+        keys = _keys_of(length, CMP_BLOCK, CMP_STRIDE)
         origin = doc_cmp if OF_KEYS else doc_start
         rows = keys if OF_KEYS else length
         for at in range(0, (rows + SIZE - 1) // SIZE, BLOCK):

@@ -14,16 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from nsa_train.ops import (
-    combine,
-    compressed,
-    compressed_hopper,
-    select,
-    select_hopper,
-    selected,
-    window,
-    window_hopper,
-)  # fmt: skip
+from nsa_train.ops import combine, compressed, compressed_hopper, select, select_hopper, selected, window, window_hopper
 from nsa_train.ops.documents import Documents
 from nsa_train.ops.reference import NSASpec
 from nsa_train.ops.tiles import is_hopper

@@ -18,7 +18,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_train.ops import select
-from nsa_train.ops.compressed import TOKEN_TILE
 from nsa_train.ops.compressed_tiles_hopper import (
     PIECE,
     head_major_descriptors,
@@ -29,7 +28,7 @@ from nsa_train.ops.compressed_tiles_hopper import (
     takes,
     token_piece,
 )
-from nsa_train.ops.documents import Documents
+from nsa_train.ops.documents import TOKEN_TILE, Documents
 from nsa_train.ops.gluon_names import barrier
 from nsa_train.ops.reference import NSASpec
 from nsa_train.ops.tiles import LOG2E

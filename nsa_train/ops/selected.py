@@ -4,10 +4,10 @@ Paper section 3.3.2, eq. 12. Reference: `reference.attend` with `reference.slc_v
 Runs for every width, group size and NSASpec.
 
     T  tokens, packed    Hq, Hk  query and KV heads    G = Hq // Hk    D, Dv  key and value width
-    n, l'  slc_count, slc_block    GP  G padded to a power of two
+    n, l'  slc_count, slc_block    HEADS  G padded to a power of two
 
-Forward and dQ: a program owns a tile of TOKENS tokens with the G heads of one KV head, row r = token r // GP, head
-r % GP, and walks the union of the tile's blocks, so that a block is loaded once for all tokens that chose it. dK and
+Forward and dQ: a program owns a tile of TOKENS tokens with the G heads of one KV head, row r = token r // HEADS, head
+r % HEADS, and walks the union of the tile's blocks, so that a block is loaded once for all tokens that chose it. dK and
 dV: a program owns KEYS keys of a block and up to 2048 of the tokens that read it; where there are more, float32
 partial sums are added in a fixed order.
 """
@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_train.ops.compressed import load_rows, store_rows
 from nsa_train.ops.documents import Documents
 from nsa_train.ops.reference import NSASpec
+from nsa_train.ops.rows import head_sizes, load_rows, query_rows, store_rows
 from nsa_train.ops.selected_plan import (
     MASK_BITS,
     MOST_TOKENS,
@@ -31,7 +31,7 @@ from nsa_train.ops.selected_plan import (
     readers,
     unions,
 )
-from nsa_train.ops.tiles import LOG2E, power_of_two, split_width
+from nsa_train.ops.tiles import LOG2E, power_of_two
 
 # Rows of a program (tokens times heads) for 2-byte and for 4-byte numbers, at widths up to 256
 FWD_ROWS = 64, 32  # 4 tokens of 16 heads; 8 tokens compute the union of 8 for all rows and lose 20 to 80 %
@@ -77,20 +77,15 @@ def _selected_fwd(
     entries,  # [Hk, TILES, TOKENS * n]
     counts,   # [Hk, TILES]
     M, TILES, scale,
-    Hk: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
+    Hk: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
     D2: tl.constexpr, V1: tl.constexpr, N: tl.constexpr, L: tl.constexpr, TOKENS: tl.constexpr, PIECES: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     g, tile, start, end, doc_start = _tile(table, M, TILES, TOKENS, PIECES)
     if start >= end:
         return
-    row = tl.arange(0, ROWS)
-    token, head = row // GP, row % GP
+    token, mine, at, q1, q2 = query_rows(q, start, end, g, Hk, G, HEADS, ROWS, D, D1, D2)
     t = start + token
-    mine = (t < end) & (head < G)
-    at = t.to(tl.int64) * (Hk * G) + g * G + head
-    q1 = load_rows(q, at * D, mine, 0, D1, D)
-    q2 = load_rows(q, at * D, mine, D1, D2, D) if D2 > 0 else q1
     m = tl.full([ROWS], -1.0e30, tl.float32)  # finite: no row computes inf - inf
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, V1], tl.float32)
@@ -130,7 +125,7 @@ def _selected_dq(
     entries,  # [Hk, TILES, TOKENS * n]
     counts,   # [Hk, TILES]
     M, TILES, scale, score_scale,
-    Hk: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
+    Hk: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
     D2: tl.constexpr, V1: tl.constexpr, N: tl.constexpr, L: tl.constexpr, TOKENS: tl.constexpr, PIECES: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
@@ -138,13 +133,8 @@ def _selected_dq(
     g, tile, start, end, doc_start = _tile(table, M, TILES, TOKENS, PIECES)
     if start >= end:
         return
-    row = tl.arange(0, ROWS)
-    token, head = row // GP, row % GP
+    token, mine, at, q1, q2 = query_rows(q, start, end, g, Hk, G, HEADS, ROWS, D, D1, D2)
     t = start + token
-    mine = (t < end) & (head < G)
-    at = t.to(tl.int64) * (Hk * G) + g * G + head
-    q1 = load_rows(q, at * D, mine, 0, D1, D)
-    q2 = load_rows(q, at * D, mine, D1, D2, D) if D2 > 0 else q1
     grad = load_rows(do, at * DV, mine, 0, V1, DV)
     row_lse = tl.load(lse + at, mask=mine, other=float("inf"))
     row_delta = tl.load(delta + at, mask=mine, other=0.0)
@@ -183,7 +173,7 @@ def _selected_dkv(
     work,    # [5, W]
     table,   # [6, M]
     M, W, scale, score_scale,
-    Hk: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
+    Hk: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
     D2: tl.constexpr, V1: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dV = sum of P'^T dO and dK = scale * sum of dS^T Q over the tokens of a work item, scores as [keys, rows]."""
@@ -203,10 +193,10 @@ def _selected_dkv(
     dk2 = tl.zeros([KEYS, D2], tl.float32) if D2 > 0 else dk1
     grad_v = tl.zeros([KEYS, V1], tl.float32)
     row = tl.arange(0, ROWS)
-    head = row % GP
+    head = row % HEADS
     hi = tl.load(work + 2 * W + item)
-    for i in range(tl.load(work + W + item), hi, ROWS // GP):
-        place = i + row // GP
+    for i in range(tl.load(work + W + item), hi, ROWS // HEADS):
+        place = i + row // HEADS
         reads = (place < hi) & (head < G)
         t = tl.load(tokens + place, mask=reads, other=-1)
         at = t.to(tl.int64) * (Hk * G) + g * G + head
@@ -243,21 +233,14 @@ def _selected_dkv(
 
 def shapes(q: Tensor, v: Tensor, spec: NSASpec) -> dict[str, int]:
     """The sizes all kernels are compiled for."""
-    _, Hq, D = q.shape
-    _, Hk, Dv = v.shape
-    D1, D2 = split_width(D)
-    G = Hq // Hk
-    return {
-        "Hk": Hk, "G": G, "GP": power_of_two(G), "D": D, "DV": Dv, "D1": D1, "D2": D2, "V1": power_of_two(Dv, 16),
-        "L": spec.slc_block,
-    }  # fmt: skip
+    return {**head_sizes(q, v), "L": spec.slc_block}
 
 
 def settings(size: dict[str, int], rows: tuple[int, int], most_tokens: int, dtype: torch.dtype) -> dict[str, int]:
     """Launch settings: fewer rows and keys for wide numbers and for widths over 256, at least 16 of each."""
     wide = dtype.itemsize == 4
     narrower = max(1, (size["D1"] + size["D2"]) // 256, size["V1"] // 256)
-    filled = max(16, min(rows[wide] // narrower, most_tokens * size["GP"]), size["GP"])
+    filled = max(16, min(rows[wide] // narrower, most_tokens * size["HEADS"]), size["HEADS"])
     keys = min(max(16, KEYS[wide] // narrower), power_of_two(size["L"], 16))
     return {"ROWS": filled, "KEYS": keys, "num_warps": 8 if filled > 64 else 4, "num_stages": 2}
 
@@ -266,7 +249,7 @@ def walk(
     blocks: Tensor, documents: Documents, spec: NSASpec, size: dict[str, int], rows: int, by_block: bool
 ) -> tuple[Unions, dict[str, int]]:
     """Unions for programs of `rows` rows, and the sizes that belong to them."""
-    union = unions(blocks, documents, spec, min(rows // size["GP"], MOST_TOKENS), by_block)
+    union = unions(blocks, documents, spec, min(rows // size["HEADS"], MOST_TOKENS), by_block)
     TOKENS = union.entries.shape[2] // spec.slc_count
     return union, {"N": spec.slc_count, "TOKENS": TOKENS, "PIECES": triton.cdiv(spec.slc_block, TOKENS)}
 

@@ -1,7 +1,5 @@
 """What the kernels of selected attention walk along, made from the chosen blocks: unions of blocks, readers of blocks.
 
-Notes: docs/kernels/selected.md.
-
     T  tokens, packed    Hk  KV heads    n, l'  slc_count, slc_block    M  columns of `documents.token_tiles(l')`
 
 A column of that table is a selection block of a document. A *tile* is up to TOKENS consecutive tokens of a column, so

@@ -29,12 +29,12 @@ from nsa_train.ops.compressed_tiles_hopper import (
     load_wide,
     load_wide_queries,
     query_descriptors,
+    takes_heads,
 )
-from nsa_train.ops.documents import Documents
+from nsa_train.ops.documents import TOKEN_TILE, Documents
 from nsa_train.ops.gluon_names import tma_load
 from nsa_train.ops.reference import NSASpec
-from nsa_train.ops.tiles import LOG2E, is_hopper
-from nsa_train.ops.window import TILE
+from nsa_train.ops.tiles import LOG2E
 from nsa_train.ops.window_hopper_bwd import backward
 from nsa_train.ops.window_tiles_hopper import TAIL, programs, work_item
 
@@ -44,15 +44,8 @@ STAGES = 2  # of K and V
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, spec: NSASpec) -> bool:
-    """The Hopper path is built for q [T, Hq, D], k [T, Hk, D], v [T, Hk, Dv] of these sizes; scale must be positive."""
-    (Hq, D), (Hk, Dv) = q.shape[1:], v.shape[1:]
-    return (
-        is_hopper(q.device)
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and Hq == 16 * Hk
-        and (D, Dv) in ((64, 64), (128, 128), (192, 128))
-        and spec.window % 64 == 0
-    )
+    """Whether the window runs for q [T, Hq, D], k [T, Hk, D], v [T, Hk, Dv]; scale must be positive."""
+    return takes_heads(q, v) and spec.window % 64 == 0
 
 
 @gluon.jit
@@ -286,7 +279,7 @@ def forward(
     Hk, Dv = v.shape[1:]
     o = torch.empty(T, Hq, Dv, dtype=q.dtype, device=q.device)
     lse = torch.empty(T, Hq, dtype=torch.float32, device=q.device)
-    table = documents.token_tiles(TILE)
+    table = documents.token_tiles(TOKEN_TILE)
     M = table.shape[1]
     keys = 128 if spec.window % 128 == 0 else 64
     _win_fwd_hopper[(min(programs(q.device), M * PIECES * Hk),)](

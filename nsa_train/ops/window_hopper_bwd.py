@@ -31,11 +31,10 @@ from nsa_train.ops.compressed_tiles_hopper import (
     query_descriptors,
     row_descriptor,
 )
-from nsa_train.ops.documents import Documents
+from nsa_train.ops.documents import TOKEN_TILE, Documents
 from nsa_train.ops.gluon_names import barrier, tma_load
 from nsa_train.ops.reference import NSASpec
 from nsa_train.ops.tiles import LOG2E
-from nsa_train.ops.window import TILE
 from nsa_train.ops.window_tiles_hopper import TAIL, programs, work_item
 
 DQ_KEYS = 64  # keys in a step of dQ
@@ -392,7 +391,7 @@ def backward(
     """`ops.window.backward` for what `takes` takes: writes or adds to dq, gives (dk, dv)."""
     D = q.shape[2]
     Hk, Dv = v.shape[1:]
-    table = documents.token_tiles(TILE)
+    table = documents.token_tiles(TOKEN_TILE)
     _win_dq_hopper[(min(programs(q.device), table.shape[1] * PIECES * Hk),)](
         *query_descriptors(q, 4), query_descriptors(do, 4)[0], *key_descriptors(k, DQ_KEYS),
         key_descriptors(v, DQ_KEYS)[0], *key_descriptors(k, TAIL), key_descriptors(v, TAIL)[0], lse, delta, dq, table,
