@@ -20,7 +20,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_train.ops.compressed_hopper_bwd import backward
-from nsa_train.ops.compressed_tiles_hopper import (
+from nsa_train.ops.documents import TOKEN_TILE, Documents
+from nsa_train.ops.gluon_names import tma_load, tma_store
+from nsa_train.ops.reference import NSASpec
+from nsa_train.ops.tiles import LOG2E
+from nsa_train.ops.tiles_hopper import (
     PIECES,
     key_descriptors,
     keys_seen,
@@ -30,10 +34,6 @@ from nsa_train.ops.compressed_tiles_hopper import (
     takes,
     token_piece,
 )
-from nsa_train.ops.documents import TOKEN_TILE, Documents
-from nsa_train.ops.gluon_names import tma_load, tma_store
-from nsa_train.ops.reference import NSASpec
-from nsa_train.ops.tiles import LOG2E
 
 __all__ = ["backward", "forward", "takes"]
 

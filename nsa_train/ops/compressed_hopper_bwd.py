@@ -25,20 +25,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_train.ops.compressed import query_chunk, sum_partials
-from nsa_train.ops.compressed_tiles_hopper import (
-    PIECES,
-    key_descriptors,
-    keys_seen,
-    load_wide,
-    load_wide_queries,
-    query_descriptors,
-    row_descriptor,
-    token_piece,
-)
 from nsa_train.ops.documents import TOKEN_TILE, Documents
 from nsa_train.ops.gluon_names import barrier, tma_load
 from nsa_train.ops.reference import NSASpec
 from nsa_train.ops.tiles import LOG2E
+from nsa_train.ops.tiles_hopper import (
+    PIECES,
+    dkv_arrive,
+    dkv_products,
+    fill_gradients,
+    fill_queries,
+    key_descriptors,
+    keys_seen,
+    load_wide,
+    load_wide_queries,
+    pack_halves,
+    query_descriptors,
+    row_descriptor,
+    score_columns,
+    store_dq,
+    token_piece,
+    transposed_scores,
+)
 
 DQ_KEYS = 64  # keys in a step of dQ
 DQ_K_STAGES = 3  # 3 and 2: 13.0 ms at 64k; 2 and 2: 13.2-14.2; 3 and 3: 13.8
@@ -69,21 +77,6 @@ def _dq_produce(
         mbarrier.wait(v_empty.index(v_stage), ((i // V_STAGES) & 1) ^ 1)
         mbarrier.expect(v_full.index(v_stage), KEYS * DV * 2)
         tma_load(v_desc, [row, g * DV], v_full.index(v_stage), v_buf.index(v_stage))
-
-
-@gluon.jit
-def _dq_store(
-    dq_ptr, dq, first_token, end, g, Hq: gl.constexpr, D: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr,
-    LAYOUT: gl.constexpr, ADD: gl.constexpr,
-):  # fmt: skip
-    row = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
-    token = first_token + row // 16
-    at = (token.to(gl.int64) * Hq + g * 16 + row % 16) * D + FIRST
-    at = dq_ptr + at[:, None] + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    mask = (token < end)[:, None]
-    if ADD:
-        dq = dq + gl.load(at, mask=mask, other=0.0).to(gl.float32)
-    gl.store(at, dq.to(dq_ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
@@ -137,9 +130,9 @@ def _dq_consume(
         else:
             dq1 = warpgroup_mma_wait(0, deps=[x1])
         mbarrier.arrive(k_empty.index(k_stage), count=1)
-    _dq_store(dq_ptr, dq1 * dq_scale, start + W * 4, end, g, Hq, D, 0, D1, A1, ADD)
+    store_dq(dq_ptr, dq1 * dq_scale, start + W * 4, end, g, Hq, D, 0, D1, A1, ADD)
     if D2 > 0:
-        _dq_store(dq_ptr, dq2 * dq_scale, start + W * 4, end, g, Hq, D, D1, D2, A2, ADD)
+        store_dq(dq_ptr, dq2 * dq_scale, start + W * 4, end, g, Hq, D, D1, D2, A2, ADD)
 
 
 @gluon.jit
@@ -197,62 +190,12 @@ def _compressed_dq_hopper(
 
 
 @gluon.jit
-def _pack(x, HALF: gl.constexpr):
-    """Rounds pairs to packed halves. Written by hand: a conversion that is also used in arithmetic comes out scalar."""
-    if gl.bfloat16 == HALF:
-        y = gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.bfloat16, is_pure=True, pack=2
-        )
-    else:
-        y = gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.float16, is_pure=True, pack=2
-        )
-    return y
-
-
-@gluon.jit
-def _fill_q(
-    q1_desc, q2_desc, lse_desc, q1_buf, q2_buf, lse_buf, q_full, stage, token, g, pred,
-    D: gl.constexpr, D2: gl.constexpr,
-):  # fmt: skip
-    mbarrier.expect(q_full.index(stage), 64 * D * 2 + 256, pred)
-    load_wide_queries(
-        q1_desc, q2_desc, q1_buf.index(stage), q2_buf.index(stage), q_full.index(stage), token, g * 16, D2, pred
-    )
-    tma_load(lse_desc, [token, g * 16], q_full.index(stage), lse_buf.index(stage), pred)
-
-
-@gluon.jit
-def _fill_do(do_desc, delta_desc, do_buf, delta_buf, do_full, stage, token, g, pred, DV: gl.constexpr):
-    mbarrier.expect(do_full.index(stage), 64 * DV * 2 + 256, pred)
-    tma_load(do_desc, [token, g * 16, 0], do_full.index(stage), do_buf.index(stage), pred)
-    tma_load(delta_desc, [token, g * 16], do_full.index(stage), delta_buf.index(stage), pred)
-
-
-@gluon.jit
-def _scores(k1_buf, k2_buf, q1_buf, q2_buf, stage, zero, D1: gl.constexpr, D2: gl.constexpr):
-    q1 = q1_buf.index(stage).reshape([64, D1])
-    s = warpgroup_mma(k1_buf, q1.permute((1, 0)), zero, use_acc=False, is_async=True)
-    if D2 > 0:
-        q2 = q2_buf.index(stage).reshape([64, D2])
-        s = warpgroup_mma(k2_buf, q2.permute((1, 0)), s, is_async=True)
-    return s
-
-
-@gluon.jit
-def _columns(buffer, stage, S: gl.constexpr, COLUMNS: gl.constexpr):
-    """[4 tokens, 16 heads] of lse or delta as the 64 columns of a score tile."""
-    x = buffer.index(stage).load(COLUMNS).reshape([64])
-    return gl.convert_layout(x, gl.SliceLayout(0, S), assert_trivial=True)
-
-
-@gluon.jit
 def _probabilities(
     s, position, end, lse_buf, first_key, stage, scale,
     S: gl.constexpr, COLUMNS: gl.constexpr, HALF: gl.constexpr, CAUSAL: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
     """Packed P of the 4 tokens from `position`; RAGGED: they may lie behind the document's `end`."""
-    p = gl.exp2(s * scale - _columns(lse_buf, stage, S, COLUMNS)[None, :])
+    p = gl.exp2(s * scale - score_columns(lse_buf, stage, S, COLUMNS)[None, :])
     if CAUSAL:
         place = position + gl.arange(0, 64, layout=gl.SliceLayout(0, S)) // 16
         seen = keys_seen(place)
@@ -260,7 +203,7 @@ def _probabilities(
             seen = gl.where(place < end, seen, 0)
         key = first_key + gl.arange(0, 128, layout=gl.SliceLayout(1, S))
         p = gl.where(key[:, None] < seen[None, :], p, 0.0)
-    return _pack(p, HALF)
+    return pack_halves(p, HALF)
 
 
 @gluon.jit
@@ -272,40 +215,16 @@ def _dkv_step(
 ):  # fmt: skip
     """The tile at `position`. Enters with its P and nothing in flight; leaves with P of the tile 4 tokens before.
 
-    q_stage: stage of its Q (of 3); phase: of the next tile's stage; j: counts tiles, for the 2 stages of dO.
+    Arguments as of `dkv_products`.
     """
     HALF: gl.constexpr = q1_buf.dtype
-    D1: gl.constexpr = D - D2
-    do_stage = j & 1
-    mbarrier.wait(do_full.index(do_stage), (j >> 1) & 1)
-    do = do_buf.index(do_stage).reshape([64, DV])
-    dp = warpgroup_mma(v_buf, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-    dv = warpgroup_mma(gl.convert_layout(p, PV), do, dv, is_async=True)
-    next_stage = gl.where(q_stage == 2, 0, q_stage + 1)
-    free_stage = gl.where(next_stage == 2, 0, next_stage + 1)
-    # refills run under the two products: stages of the previous tile, free since the barrier at its end
-    _fill_q(
-        q1_desc, q2_desc, lse_desc, q1_buf, q2_buf, lse_buf, q_full, free_stage, doc_start + position - 8, g,
-        position - 8 >= first, D, D2,
+    next_stage, s, dv, x1, x2 = dkv_products(
+        position, q_stage, phase, j, p, dk1, dk2, dv, k1_buf, k2_buf, v_buf, q1_buf, q2_buf, do_buf, lse_buf, delta_buf,
+        q_full, do_full, q1_desc, q2_desc, do_desc, lse_desc, delta_desc, first, doc_start, g, zero, D, DV, D2, S,
+        COLUMNS, P1, P2, PV,
     )  # fmt: skip
-    _fill_do(
-        do_desc, delta_desc, do_buf, delta_buf, do_full, do_stage ^ 1, doc_start + position - 4, g,
-        position - 4 >= first, DV,
-    )  # fmt: skip
-    dp = warpgroup_mma_wait(1, deps=[dp])
-    ds = _pack(p.to(gl.float32) * (dp - _columns(delta_buf, do_stage, S, COLUMNS)[None, :]), HALF)
-    dv = warpgroup_mma_wait(0, deps=[dv])
-    mbarrier.wait(q_full.index(next_stage), phase, pred=position - 4 >= first)  # after the last tile: result unused
-    s = _scores(k1_buf, k2_buf, q1_buf, q2_buf, next_stage, zero, D1, D2)
-    x1 = warpgroup_mma(gl.convert_layout(ds, P1), q1_buf.index(q_stage).reshape([64, D1]), dk1, is_async=True)
-    if D2 > 0:
-        x2 = warpgroup_mma(gl.convert_layout(ds, P2), q2_buf.index(q_stage).reshape([64, D2]), dk2, is_async=True)
-    s = warpgroup_mma_wait(2 if D2 > 0 else 1, deps=[s])
     p = _probabilities(s, position - 4, 0, lse_buf, first_key, next_stage, scale, S, COLUMNS, HALF, CAUSAL, False)
-    if D2 > 0:
-        dk1, dk2 = warpgroup_mma_wait(0, deps=[x1, x2])
-    else:
-        dk1 = warpgroup_mma_wait(0, deps=[x1])
+    dk1, dk2 = dkv_arrive(x1, x2, D2)
     phase = gl.where(next_stage == 2, phase ^ 1, phase)
     barrier()
     return next_stage, phase, j + 1, p, dk1, dk2, dv
@@ -381,18 +300,18 @@ def _compressed_dkv_hopper(
     load_wide(k1_desc, k2_desc, k1_buf, k2_buf, kv_full, start, g * D, D2)
     tma_load(v_desc, [start, g * DV], kv_full, v_buf)
     for i in gl.static_range(2):
-        _fill_q(
+        fill_queries(
             q1_desc, q2_desc, lse_desc, q1_buf, q2_buf, lse_buf, q_full, i, doc_start + last - 4 * i, g,
             last - 4 * i >= first, D, D2,
         )  # fmt: skip
-    _fill_do(do_desc, delta_desc, do_buf, delta_buf, do_full, 0, doc_start + last, g, True, DV)
+    fill_gradients(do_desc, delta_desc, do_buf, delta_buf, do_full, 0, doc_start + last, g, True, DV)
     zero = gl.zeros([128, 64], gl.float32, layout=S)
     dk1 = gl.zeros([128, D1], gl.float32, layout=A1)
     dk2 = gl.zeros([128, 64], gl.float32, layout=S)
     dv = gl.zeros([128, DV], gl.float32, layout=AV)
     mbarrier.wait(kv_full, 0)
     mbarrier.wait(q_full.index(0), 0)
-    s = warpgroup_mma_wait(0, deps=[_scores(k1_buf, k2_buf, q1_buf, q2_buf, 0, zero, D1, D2)])
+    s = warpgroup_mma_wait(0, deps=[transposed_scores(k1_buf, k2_buf, q1_buf, q2_buf, 0, zero, D1, D2)])
     p = _probabilities(s, last, end, lse_buf, first_key, 0, scale, S, COLUMNS, HALF, True, True)
     stage = last * 0
     phase = last * 0

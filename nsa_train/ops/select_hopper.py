@@ -18,7 +18,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_train.ops import select
-from nsa_train.ops.compressed_tiles_hopper import (
+from nsa_train.ops.documents import TOKEN_TILE, Documents
+from nsa_train.ops.gluon_names import barrier
+from nsa_train.ops.reference import NSASpec
+from nsa_train.ops.tiles import LOG2E
+from nsa_train.ops.tiles_hopper import (
     PIECE,
     head_major_descriptors,
     key_descriptors,
@@ -28,10 +32,6 @@ from nsa_train.ops.compressed_tiles_hopper import (
     takes,
     token_piece,
 )
-from nsa_train.ops.documents import TOKEN_TILE, Documents
-from nsa_train.ops.gluon_names import barrier
-from nsa_train.ops.reference import NSASpec
-from nsa_train.ops.tiles import LOG2E
 
 __all__ = ["select_blocks", "takes"]
 

@@ -23,7 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa_train.ops.compressed_tiles_hopper import (
+from nsa_train.ops.documents import TOKEN_TILE, Documents
+from nsa_train.ops.gluon_names import tma_load
+from nsa_train.ops.reference import NSASpec
+from nsa_train.ops.tiles import LOG2E
+from nsa_train.ops.tiles_hopper import (
     PIECES,
     key_descriptors,
     load_wide,
@@ -31,10 +35,6 @@ from nsa_train.ops.compressed_tiles_hopper import (
     query_descriptors,
     takes_heads,
 )
-from nsa_train.ops.documents import TOKEN_TILE, Documents
-from nsa_train.ops.gluon_names import tma_load
-from nsa_train.ops.reference import NSASpec
-from nsa_train.ops.tiles import LOG2E
 from nsa_train.ops.window_hopper_bwd import backward
 from nsa_train.ops.window_tiles_hopper import TAIL, programs, work_item
 

@@ -22,19 +22,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa_train.ops.compressed_hopper_bwd import _columns, _dq_store, _fill_do, _fill_q, _pack, _scores
-from nsa_train.ops.compressed_tiles_hopper import (
-    PIECES,
-    key_descriptors,
-    load_wide,
-    load_wide_queries,
-    query_descriptors,
-    row_descriptor,
-)
 from nsa_train.ops.documents import TOKEN_TILE, Documents
 from nsa_train.ops.gluon_names import barrier, tma_load
 from nsa_train.ops.reference import NSASpec
 from nsa_train.ops.tiles import LOG2E
+from nsa_train.ops.tiles_hopper import (
+    PIECES,
+    dkv_arrive,
+    dkv_products,
+    fill_gradients,
+    fill_queries,
+    key_descriptors,
+    load_wide,
+    load_wide_queries,
+    pack_halves,
+    query_descriptors,
+    row_descriptor,
+    score_columns,
+    store_dq,
+    transposed_scores,
+)
 from nsa_train.ops.window_tiles_hopper import TAIL, programs, work_item
 
 DQ_KEYS = 64  # keys in a step of dQ
@@ -161,9 +168,9 @@ def _dq_consume(
             mbarrier.arrive(v_empty.index(stage), count=1)
             mbarrier.arrive(k_empty.index(stage), count=1)
         mbarrier.arrive(q_empty.index(HALF), count=1)
-        _dq_store(dq_ptr, dq1 * dq_scale, start + HALF * 4, end, g, Hq, D, 0, D1, A1, ADD)
+        store_dq(dq_ptr, dq1 * dq_scale, start + HALF * 4, end, g, Hq, D, 0, D1, A1, ADD)
         if D2 > 0:
-            _dq_store(dq_ptr, dq2 * dq_scale, start + HALF * 4, end, g, Hq, D, D1, D2, A2, ADD)
+            store_dq(dq_ptr, dq2 * dq_scale, start + HALF * 4, end, g, Hq, D, D1, D2, A2, ADD)
         items += 1
         tails += tail
         tiles += n
@@ -235,14 +242,14 @@ def _probabilities(
     HALF: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
     """Packed P of the 4 tokens from `token` and the 128 keys from `start`; RAGGED: tokens may lie behind `end`."""
-    p = gl.exp2(s * scale - _columns(lse_buf, stage, S, COLUMNS)[None, :])
+    p = gl.exp2(s * scale - score_columns(lse_buf, stage, S, COLUMNS)[None, :])
     t = token + gl.arange(0, 64, layout=gl.SliceLayout(0, S)) // 16
     key = start + gl.arange(0, 128, layout=gl.SliceLayout(1, S))
     age = (t[None, :] - key[:, None]).to(gl.uint32)  # a key in the future is older than any window
     p = gl.where(age < W, p, 0.0)
     if RAGGED:
         p = gl.where((t < end)[None, :], p, 0.0)
-    return _pack(p, HALF)
+    return pack_halves(p, HALF)
 
 
 @gluon.jit
@@ -254,36 +261,16 @@ def _dkv_step(
 ):  # fmt: skip
     """The 4 tokens from `token`. Enters with their P and nothing in flight; leaves with P of the 4 before them.
 
-    q_stage: stage of its Q (of 3); phase: of the next tile's stage; j: counts tiles, for the 2 stages of dO.
+    Arguments as of `dkv_products`.
     """
     HALF: gl.constexpr = q1_buf.dtype
-    D1: gl.constexpr = D - D2
-    do_stage = j & 1
-    mbarrier.wait(do_full.index(do_stage), (j >> 1) & 1)
-    do = do_buf.index(do_stage).reshape([64, DV])
-    dp = warpgroup_mma(v_buf, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-    dv = warpgroup_mma(gl.convert_layout(p, PV), do, dv, is_async=True)
-    next_stage = gl.where(q_stage == 2, 0, q_stage + 1)
-    free_stage = gl.where(next_stage == 2, 0, next_stage + 1)
-    # refills run under the two products: stages of the previous tile, free since the barrier at its end
-    _fill_q(
-        q1_desc, q2_desc, lse_desc, q1_buf, q2_buf, lse_buf, q_full, free_stage, token - 8, g, token - 8 >= start, D, D2
+    next_stage, s, dv, x1, x2 = dkv_products(
+        token, q_stage, phase, j, p, dk1, dk2, dv, k1_buf, k2_buf, v_buf, q1_buf, q2_buf, do_buf, lse_buf, delta_buf,
+        q_full, do_full, q1_desc, q2_desc, do_desc, lse_desc, delta_desc, start, 0, g, zero, D, DV, D2, S,
+        COLUMNS, P1, P2, PV,
     )  # fmt: skip
-    _fill_do(do_desc, delta_desc, do_buf, delta_buf, do_full, do_stage ^ 1, token - 4, g, token - 4 >= start, DV)
-    dp = warpgroup_mma_wait(1, deps=[dp])
-    ds = _pack(p.to(gl.float32) * (dp - _columns(delta_buf, do_stage, S, COLUMNS)[None, :]), HALF)
-    dv = warpgroup_mma_wait(0, deps=[dv])
-    mbarrier.wait(q_full.index(next_stage), phase, pred=token - 4 >= start)  # after the last tile: result unused
-    s = _scores(k1_buf, k2_buf, q1_buf, q2_buf, next_stage, zero, D1, D2)
-    x1 = warpgroup_mma(gl.convert_layout(ds, P1), q1_buf.index(q_stage).reshape([64, D1]), dk1, is_async=True)
-    if D2 > 0:
-        x2 = warpgroup_mma(gl.convert_layout(ds, P2), q2_buf.index(q_stage).reshape([64, D2]), dk2, is_async=True)
-    s = warpgroup_mma_wait(2 if D2 > 0 else 1, deps=[s])
     p = _probabilities(s, token - 4, 0, lse_buf, start, next_stage, scale, W, S, COLUMNS, HALF, False)
-    if D2 > 0:
-        dk1, dk2 = warpgroup_mma_wait(0, deps=[x1, x2])
-    else:
-        dk1 = warpgroup_mma_wait(0, deps=[x1])
+    dk1, dk2 = dkv_arrive(x1, x2, D2)
     phase = gl.where(next_stage == 2, phase ^ 1, phase)
     barrier()
     return next_stage, phase, j + 1, p, dk1, dk2, dv
@@ -356,18 +343,18 @@ def _win_dkv_hopper(
     load_wide(k1_desc, k2_desc, k1_buf, k2_buf, kv_full, start, g * D, D2)
     tma_load(v_desc, [start, g * DV], kv_full, v_buf)
     for i in gl.static_range(2):
-        _fill_q(
+        fill_queries(
             q1_desc, q2_desc, lse_desc, q1_buf, q2_buf, lse_buf, q_full, i, last - 4 * i, g,
             last - 4 * i >= start, D, D2,
         )  # fmt: skip
-    _fill_do(do_desc, delta_desc, do_buf, delta_buf, do_full, 0, last, g, True, DV)
+    fill_gradients(do_desc, delta_desc, do_buf, delta_buf, do_full, 0, last, g, True, DV)
     zero = gl.zeros([128, 64], gl.float32, layout=S)
     dk1 = gl.zeros([128, D1], gl.float32, layout=A1)
     dk2 = gl.zeros([128, 64], gl.float32, layout=S)
     dv = gl.zeros([128, DV], gl.float32, layout=AV)
     mbarrier.wait(kv_full, 0)
     mbarrier.wait(q_full.index(0), 0)
-    s = warpgroup_mma_wait(0, deps=[_scores(k1_buf, k2_buf, q1_buf, q2_buf, 0, zero, D1, D2)])
+    s = warpgroup_mma_wait(0, deps=[transposed_scores(k1_buf, k2_buf, q1_buf, q2_buf, 0, zero, D1, D2)])
     p = _probabilities(s, last, end, lse_buf, start, 0, scale, W, S, COLUMNS, HALF, True)
     stage = start * 0
     phase = start * 0

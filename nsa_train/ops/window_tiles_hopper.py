@@ -8,7 +8,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from nsa_train.ops.compressed_tiles_hopper import token_piece
+from nsa_train.ops.tiles_hopper import token_piece
 
 TAIL = 16  # keys of the narrow tile
 
