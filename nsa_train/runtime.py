@@ -6,7 +6,6 @@ import errno
 import hashlib
 import logging
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -34,13 +33,12 @@ def world_size() -> int:
 
 
 def launch_alone() -> None:
-    """Without a launcher (plain `python -m nsa_train train`) become a group of one process."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    """Without a launcher (plain `python -m nsa_train train`) become a group of one process.
+
+    Port 0 lets the system choose: a port that was free a moment ago may be another job's by now.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
 def device() -> torch.device:
