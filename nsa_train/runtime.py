@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("nsa_train")
-STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
 
 
 def rank() -> int:
