@@ -192,6 +192,15 @@ def rows(folder):
     return [{key: value for key, value in row.items() if key not in MEASURED} for row in found]
 
 
+def losses(folder):
+    """Loss by split and step, of the positions and sources too."""
+    return {
+        (row["split"], row["step"], part): value
+        for row in rows(folder)
+        for part, value in {"all": row["loss"], **row.get("by_position", {}), **row.get("by_source", {})}.items()
+    }
+
+
 def has_step(folder, step):
     path = folder / "metrics.jsonl"
     return path.exists() and f'"step": {step},' in path.read_text()

@@ -3,21 +3,12 @@
 from functools import partial
 
 import pytest
-from launch import STEPS, rows, spoil_losses, summary
+from launch import STEPS, losses, rows, spoil_losses, summary
 
 from nsa_train.train.checkpoint import verify
 
 pytestmark = pytest.mark.process
 TOLERANCE = 1e-5  # relative, of fp32 sums in another order over twelve steps; a step changes the loss by 1e-2
-
-
-def losses(folder):
-    """Loss by split and step, of the positions and sources too."""
-    return {
-        (row["split"], row["step"], part): value
-        for row in rows(folder)
-        for part, value in {"all": row["loss"], **row.get("by_position", {}), **row.get("by_source", {})}.items()
-    }
 
 
 def wait_all(jobs, code=0):
