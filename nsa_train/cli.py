@@ -85,10 +85,10 @@ def _doctor(overrides: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    """measure this machine: `bench attention`, with --help for its options"""
-    from nsa_train.bench import attention
+    """measure this machine: `bench attention` or `bench training`, with --help for their options"""
+    from nsa_train.bench import attention, training
 
-    benchmarks = {"attention": attention.main}
+    benchmarks = {"attention": attention.main, "training": training.main}
     if not arguments or arguments[0] not in benchmarks:
         raise NsaTrainError(f"bench: name one of {', '.join(benchmarks)}, like `nsa-train bench attention --help`")
     return benchmarks[arguments[0]](arguments[1:])
