@@ -20,10 +20,14 @@ torchrun turns every code into 1; runs/<name>/summary.json has the real one."""
 
 def _train(overrides: list[str]) -> int:
     """pretrain, or go on with an interrupted run; launch it with torchrun for several processes"""
+    from nsa_train.train.guards import StopSignals
+
+    signals = StopSignals()
+    signals.listen()
     config = _config(overrides)
     from nsa_train.train.loop import train
 
-    return train(config)
+    return train(config, signals)
 
 
 def _prepare(overrides: list[str]) -> int:

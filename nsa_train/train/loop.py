@@ -41,10 +41,8 @@ from nsa_train.train.optim import build_optimizer, lr_at
 ARM_ONLY = (".kv.cmp.", ".kv.win.", ".phi_k.", ".phi_v.", ".attention.gate.")
 
 
-def train(config: schema.Config) -> int:
+def train(config: schema.Config, signals: StopSignals) -> int:
     """Train, or go on, or say that the run is finished; the exit code. Called on every rank."""
-    signals = StopSignals()
-    signals.listen()
     runtime.launch_alone()
     device = runtime.device()
     start_processes(device, config.parallel.timeout_s)
@@ -59,7 +57,7 @@ def train(config: schema.Config) -> int:
             run.resume()
         except BaseException as error:
             failure = _failure(error)
-            before = {"steps": 0, **(folder.read_json("summary.json") or {})}  # what an earlier launch reached holds
+            before = {"steps": 0, **folder.read_json("summary.json")}  # what an earlier launch reached holds
             on_main(lambda: folder.write("summary.json", before | _ending(failure)))
             raise failure from failure.__cause__
         return run.go()
@@ -69,12 +67,13 @@ def train(config: schema.Config) -> int:
 
 
 def _finished(folder: RunFolder) -> str | None:
-    summary = folder.read_json("summary.json") or {}
+    summary = folder.read_json("summary.json")
     if summary.get("status") != "done":
         return None
     return (
-        f"{folder.path} is finished: {summary['steps']} steps, held-out loss {_nats(summary['val_loss_first'])} -> "
-        f"{_nats(summary['val_loss_last'])}. To train again choose another name=, or delete the folder."
+        f"{folder.path} is finished: {summary.get('steps')} steps, held-out loss "
+        f"{_nats(summary.get('val_loss_first'))} -> {_nats(summary.get('val_loss_last'))}. To train again choose "
+        "another name=, or delete the folder."
     )
 
 
@@ -283,7 +282,7 @@ class _Run:
     # What people read -------------------------------------------------------------------------------------------------
 
     def _open_metrics(self) -> Metrics:
-        before = self.folder.read_json("manifest.json") or {}
+        before = self.folder.read_json("manifest.json")
         self.wandb_id = self.wandb_id or before.get("wandb_id") or secrets.token_hex(4)
         manifest = {
             "corpus": {"name": self.facts["name"], "hash": self.facts["hash"]},

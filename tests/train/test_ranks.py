@@ -3,7 +3,7 @@
 from functools import partial
 
 import pytest
-from launch import STEPS, losses, rows, spoil_losses, summary
+from launch import STEPS, limit_file_size, losses, rows, spoil_losses, summary
 
 from nsa_train.train.checkpoint import verify
 
@@ -38,6 +38,15 @@ def test_a_run_goes_on_with_another_number_of_processes(before, after, train_ran
 def test_zero_stage_and_accumulation_change_rounding_only(layout, train, tmp_path, whole):
     assert train(layout).wait() == 0
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=TOLERANCE)
+
+
+def test_a_disk_that_is_full_for_one_process_ends_all_of_them_with_20(train_ranks, tmp_path):
+    jobs = train_ranks(2, before=partial(limit_file_size, 100_000, ranks=[1]))
+    wait_all(jobs, 20)
+    assert "cannot write a checkpoint" in jobs[0].text
+    assert "Traceback" not in "".join(job.text for job in jobs)
+    assert (summary(tmp_path / "run")["exit_code"], summary(tmp_path / "run")["steps"]) == (20, 3)
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_rows_that_the_processes_cannot_share_are_refused(train_ranks, tmp_path):

@@ -52,6 +52,13 @@ def test_a_signal_finishes_the_step_leaves_a_checkpoint_and_the_same_command_goe
     assert rows(run) == rows(whole)
 
 
+def test_a_signal_while_packages_are_imported_ends_with_75(train, tmp_path):
+    stopped = train(before=partial(signal_at, "nsa_train.config.load", "load_config", 1, signal.SIGTERM))
+    assert stopped.wait() == 75
+    assert stopped.text == "stopped; the same command starts again\n"
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_the_first_step_ends_with_75_at_once(number, train, tmp_path, whole):
     stopped = train(before=partial(signal_at, LOOP, "prepare", 1, number))
