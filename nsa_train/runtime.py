@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("nsa_train")
-STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
 
 
 def rank() -> int:
@@ -39,6 +39,11 @@ def launch_alone() -> None:
     """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+
+
+def share_cores(processes: int) -> None:
+    """Give the processes that are started from here an equal number of threads, unless the environment names one."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
 
 
 def device() -> torch.device:
