@@ -20,6 +20,13 @@ def _not_positive(section: object, *keys: str) -> list[str]:
     return [f"{key}={getattr(section, key)} must be positive" for key in keys if getattr(section, key) <= 0]
 
 
+def _mixture_problems(mixture: dict[str, float]) -> list[str]:
+    found = [f"mixture.{name}={weight} must not be negative" for name, weight in mixture.items() if not weight >= 0]
+    if mixture and not any(weight > 0 for weight in mixture.values()):
+        found.append("mixture gives every source the weight 0; give one more")
+    return found
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The transformer around attention and experts."""
@@ -34,17 +41,23 @@ class ModelConfig:
     dense_layers: int  # first layers whose MLP is dense; the others are mixtures of experts
     max_seq_len: int  # longest row the positions are meant for
     rope_theta: float
+    rope_factor: (
+        float  # YaRN: positions stretched for rows so many times rope_trained_len; 1: none; a stage sets its own
+    )
+    rope_trained_len: int  # tokens of the rows that the positions are trained at before they are stretched
     norm_eps: float
     tied_embeddings: bool
     init_std: float
 
     def problems(self) -> list[str]:
         found = _not_positive(self, "vocab", "layers", "width", "heads", "kv_heads", "key_dim", "value_dim")
-        found += _not_positive(self, "max_seq_len", "rope_theta", "norm_eps", "init_std")
+        found += _not_positive(self, "max_seq_len", "rope_theta", "rope_trained_len", "norm_eps", "init_std")
         if self.kv_heads > 0 and self.heads % self.kv_heads:
             found.append(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
         if self.key_dim % 2:
             found.append(f"key_dim={self.key_dim} must be even: RoPE rotates pairs")
+        if not self.rope_factor >= 1:
+            found.append(f"rope_factor={self.rope_factor} must be 1 (none) or more")
         if self.vocab < 300:
             found.append(f"vocab={self.vocab} leaves no room beside 256 byte pieces; use at least 300")
         if not 0 <= self.dense_layers <= self.layers:
@@ -132,10 +145,15 @@ class DataConfig:
     tokenizer: str | None  # a SentencePiece .model file; null: trained on the corpus
     tokenizer_kind: Literal["bpe", "unigram"]
     tokenizer_sample_mb: int  # text that the tokenizer is trained on
-    max_documents: int  # in one packed row
+    packing: Literal["best_fit", "concat", "long"]  # how documents share rows
+    max_documents: int  # in a packed row of 8192 tokens; in proportion in longer ones
+    align: int  # documents are padded at their end to a multiple of this; 1: not at all
+    long_copies: int  # packing=long: how often an epoch holds a document that is longer than a row
+    mixture: dict[str, float]  # source, or pattern of sources -> share of the tokens; empty: as the corpus has them
 
     def problems(self) -> list[str]:
-        found = _not_positive(self, "tokenizer_sample_mb", "max_documents")
+        found = _not_positive(self, "tokenizer_sample_mb", "max_documents", "align", "long_copies")
+        found += _mixture_problems(self.mixture)
         if not SAFE_NAME.fullmatch(self.name):
             found.append(f"name={self.name!r} may hold letters, digits and . _ - only")
         if self.source == "files" and not self.paths:
@@ -231,6 +249,48 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True)
+class StageConfig:
+    """A part of a run with its own length of rows. Tokens in a step stay those of the trainer."""
+
+    tokens: int | None  # that the stage reads, rounded up to whole steps; null, in the last one: until the run ends
+    seq_len: int  # tokens in a row
+    mixture: dict[str, float]  # as data.mixture; empty: that one
+    rope_factor: float  # YaRN: seq_len over model.rope_trained_len, or 1
+
+    def problems(self) -> list[str]:
+        found = _mixture_problems(self.mixture)
+        if self.tokens is not None and self.tokens <= 0:
+            found.append(f"tokens={self.tokens} must be positive")
+        if self.seq_len < 2:
+            found.append(f"seq_len={self.seq_len} leaves nothing to predict; use at least 2")
+        if not self.rope_factor >= 1:
+            found.append(f"rope_factor={self.rope_factor} must be 1 (none) or more")
+        return found
+
+
+@dataclass(frozen=True)
+class StagesConfig:
+    """Stages in their order. Without any, the whole run has rows of trainer.seq_len."""
+
+    parts: dict[str, StageConfig]
+
+    def problems(self) -> list[str]:
+        found, last = [], next(reversed(self.parts), None)
+        for name, part in self.parts.items():
+            if name != last and part.tokens is None:
+                found.append(f"parts.{name}.tokens is null, which only the last stage may be; say how many it reads")
+            if name == last and part.tokens is not None:
+                found.append(f"parts.{name}.tokens={part.tokens}: the last stage lasts until the run ends; set null")
+        longest = max((part.seq_len for part in self.parts.values()), default=0)
+        found += [
+            f"parts.{name}.seq_len={part.seq_len} does not divide the longest stage's {longest}"
+            for name, part in self.parts.items()
+            if part.seq_len > 0 and longest % part.seq_len
+        ]
+        return found
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     """Weights & Biases. metrics.jsonl and the console are always on."""
 
@@ -260,6 +320,7 @@ class Config:
     schedule: ScheduleConfig
     parallel: ParallelConfig
     trainer: TrainerConfig
+    stages: StagesConfig
     logging: LoggingConfig
 
     def problems(self) -> list[str]:
@@ -268,15 +329,38 @@ class Config:
             found.append(f"name={self.name!r} may hold letters, digits and . _ - only")
         if self.seed < 0:
             found.append(f"seed={self.seed} must not be negative")
-        if self.trainer.seq_len > self.model.max_seq_len:
-            found.append(
-                f"trainer.seq_len={self.trainer.seq_len} is beyond model.max_seq_len={self.model.max_seq_len}; "
-                "shorten the row, or raise the model's limit"
-            )
+        rows = {"trainer": self.trainer.seq_len}
+        rows |= {f"stages.parts.{name}": part.seq_len for name, part in self.stages.parts.items()}
+        for place, seq_len in rows.items():
+            if seq_len > self.model.max_seq_len:
+                found.append(
+                    f"{place}.seq_len={seq_len} is beyond model.max_seq_len={self.model.max_seq_len}; "
+                    "shorten the row, or raise the model's limit"
+                )
+            if self.data.align > 0 and seq_len % self.data.align:
+                found.append(f"{place}.seq_len={seq_len} is not a multiple of data.align={self.data.align}")
+        found += self._stage_problems()
         if self.trainer.seq_len < 2:
             found.append(f"trainer.seq_len={self.trainer.seq_len} leaves nothing to predict; use at least 2")
         if self.parallel.zero_stage == 1 and self.trainer.dtype == "bf16":
             found.append("parallel.zero_stage=1 sums bf16 gradients in bf16; use parallel.zero_stage=2")
+        return found
+
+    def _stage_problems(self) -> list[str]:
+        step_tokens = self.trainer.seq_len * self.trainer.batch_rows
+        found, before = [], 0
+        for name, part in self.stages.parts.items():
+            if part.seq_len > 0 and step_tokens % part.seq_len:
+                found.append(
+                    f"stages.parts.{name}.seq_len={part.seq_len} does not divide a step's {step_tokens} tokens "
+                    "(trainer.batch_rows x trainer.seq_len)"
+                )
+            if before >= self.trainer.steps * step_tokens > 0:
+                found.append(
+                    f"stages.parts.{name} is never reached: the stages before it read {before} tokens, the run "
+                    f"{self.trainer.steps * step_tokens}; raise trainer.steps"
+                )
+            before += part.tokens or 0
         return found
 
     @property

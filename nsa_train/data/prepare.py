@@ -28,7 +28,8 @@ from nsa_train.errors import DataError, StorageError
 PROGRESS_S = 5.0
 SAMPLE_SEED = 0  # of the tokenizer's lines: runs of different seeds share one corpus
 LICENCES = {"stdlib": "PSF-2.0"}
-NOT_IN_KEY = ("prepared_dir", "max_documents")  # where the result lies, and what the loader does with it
+PACKING = ("packing", "max_documents", "align", "long_copies", "mixture")
+NOT_IN_KEY = ("prepared_dir", *PACKING)  # where the result lies, and what the loader does with it
 
 
 def prepare(data: DataConfig, vocab: int, progress: Callable[[str], None]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -20,8 +21,9 @@ def export_model(model: Transformer, config: schema.Config, tokenizer: Path, tar
 
     transformers_logging.disable_progress_bar()
     eos = Tokenizer.load(tokenizer).eos
+    trained = dataclasses.replace(config.model, rope_factor=model.rope_factor)  # the last stage's
     wrapped = NSATrainForCausalLM(
-        NSATrainConfig.of(config.model, config.attention, config.moe, eos_token_id=eos, pad_token_id=eos)
+        NSATrainConfig.of(trained, config.attention, config.moe, eos_token_id=eos, pad_token_id=eos)
     )
     wrapped.transformer = model
     wrapped.config.dtype = model.embed.weight.dtype

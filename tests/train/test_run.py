@@ -14,6 +14,7 @@ import nsa_train.model.pretrained  # noqa: F401
 from nsa_train.config.load import config_from_tree, load_config, to_tree
 from nsa_train.data.loader import Loader
 from nsa_train.data.prepare import prepare
+from nsa_train.data.stages import stages_of
 from nsa_train.data.store import TOKENIZER, TokenStore
 from nsa_train.model.transformer import Transformer
 from nsa_train.packing import Packing
@@ -53,7 +54,7 @@ def prepared(config, run):
 
 def loader(prepared, config, split):
     store = TokenStore.open(prepared, split)
-    return Loader(store, config.trainer.seq_len, config.data.max_documents, config.trainer.batch_rows, config.seed)
+    return Loader(store, stages_of(config), config.data, config.seed)
 
 
 def trained(config, run):
