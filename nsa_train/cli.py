@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 
 from nsa_train import runtime
-from nsa_train.errors import NsaTrainError, StorageError
+from nsa_train.errors import ConfigError, NsaTrainError, StorageError
 
 EXIT_CODES = """exit codes:
   0 done    2 wrong input    17 no valid checkpoint    18 diverged    20 storage full or unwritable
@@ -84,6 +84,27 @@ def _doctor(overrides: list[str]) -> int:
     return examine(config)
 
 
+def _data(words: list[str]) -> int:
+    """look at the corpus of the configuration: `data inspect [step=N] [row=N] [show=TOKENS] [key=value ...]`"""
+    if words[:1] != ["inspect"]:
+        raise ConfigError("data: name what to do, like `nsa-train data inspect step=1 row=1`")
+    from nsa_train.data.inspect import Question, inspect
+
+    question, overrides = Question.parse(words[1:])
+    for line in inspect(_config(overrides), question):
+        print(line)
+    return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    """measure this machine: `bench data`, with --help for its options"""
+    if arguments[:1] != ["data"]:
+        raise ConfigError("bench: name one of data, like `nsa-train bench data --help`")
+    from nsa_train.bench.data import main
+
+    return main(arguments[1:])
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "tokenizer": _tokenizer,
@@ -91,7 +112,10 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "config": _show_config,
     "plan": _plan,
     "doctor": _doctor,
+    "data": _data,
+    "bench": _bench,
 }
+OWN_OPTIONS = ("bench",)  # commands that are not about one configuration and parse their own arguments
 
 
 def _config(overrides: list[str]):
@@ -109,7 +133,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
+        own = name in OWN_OPTIONS
+        sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__, add_help=not own)
+        if own:
+            sub.add_argument("overrides", nargs=argparse.REMAINDER, metavar="...")
+            continue
         sub.add_argument(
             "overrides", nargs="*", metavar="key=value",
             help="group=option (attention=full) or key.path=value (trainer.steps=100); `nsa-train config` shows all",

@@ -16,7 +16,7 @@ import torch
 
 from nsa_train import runtime
 from nsa_train.config.schema import DataConfig
-from nsa_train.data.mixture import EVERYTHING, Group, Mixture, Stream, groups_of
+from nsa_train.data.mixture import EVERYTHING, Mixture, Stream, groups_of
 from nsa_train.data.pack import Plan, Stretches, aligned, documents_in_row, make_plan
 from nsa_train.data.stages import Stage
 from nsa_train.data.store import TokenStore
@@ -88,7 +88,7 @@ class Loader:
         facts = [(s.first_step, s.seq_len, s.batch_rows, sorted(s.mixture.items())) for s in self.stages]
         identity = [store.hash, store.split, facts, [getattr(data, key) for key in PACKING_KEYS], seed]
         self.fingerprint: str = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-        self._check_size()
+        self._check_sizes()
 
     # What a step reads ------------------------------------------------------------------------------------------------
 
@@ -167,6 +167,10 @@ class Loader:
         return total / sum(s.group.weight / s.whole.utilisation for s in streams)
 
     @property
+    def packing(self) -> str:
+        return self._data.packing
+
+    @property
     def longest_document(self) -> int:
         """Its tokens."""
         return int(self._store.lengths.max())
@@ -214,7 +218,6 @@ class Loader:
         streams = []
         for group in groups_of(stage.mixture, self._names):
             documents = np.flatnonzero(np.isin(source_of, group.sources))
-            self._check_group(group, stage, int(self._store.lengths[documents].sum()))
             whole = self._plan(Stretches.whole(self._store.lengths, documents), stage.seq_len, self._data.long_copies)
             first = whole
             if left is not None:
@@ -232,19 +235,16 @@ class Loader:
         parts.append(before.only(~np.isin(self._store.sources[before.doc], sorted(read))))
         return Stretches.join(parts)
 
-    def _check_size(self) -> None:
-        if self._training:
-            for stage in self.stages:
-                everything = Group(EVERYTHING, 1.0, tuple(range(len(self._names))))
-                self._check_group(everything, stage, int(self._store.offsets[-1]))
-
-    def _check_group(self, group: Group, stage: Stage, tokens: int) -> None:
-        if self._training and tokens < stage.seq_len:
-            what = "the corpus" if group.name == EVERYTHING else f"source {group.name}"
-            raise DataError(
-                f"{what} has {tokens} tokens, less than one row of {stage.seq_len}; shorten trainer.seq_len or the "
-                "stage's, or give more text"
-            )
+    def _check_sizes(self) -> None:
+        sizes = np.bincount(self._store.sources, weights=self._store.lengths, minlength=len(self._names))
+        for stage in self.stages if self._training else ():
+            for group in groups_of(stage.mixture, self._names):
+                if (tokens := int(sizes[list(group.sources)].sum())) < stage.seq_len:
+                    what = "the corpus" if group.name == EVERYTHING else f"source {group.name}"
+                    raise DataError(
+                        f"{what} has {tokens} tokens, less than one row of {stage.seq_len}; shorten trainer.seq_len or "
+                        "the stage's, or give more text"
+                    )
 
     def _batch(self, rows: list[Row]) -> Batch:
         store, seq_len, align = self._store, rows[0].plan.seq_len, rows[0].plan.align

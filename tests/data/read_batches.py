@@ -3,7 +3,8 @@
     read_batches.py STORE RANK WORLD UNTIL [--die]
 
 Goes on from STORE/start.json, reads to step UNTIL and adds a line of digests per step to STORE/rank<RANK>of<WORLD>.txt;
-rank 0 saves its state in STORE/state.json every fourth step. With --die it kills itself at UNTIL, with more read than was saved.
+rank 0 saves its state in STORE/state.json every fourth step. With --die it kills itself at UNTIL, having read more
+than it saved.
 """
 
 import hashlib

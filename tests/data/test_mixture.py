@@ -122,9 +122,9 @@ def test_a_mixture_that_does_not_fit_the_corpus_is_refused(mixture, message):
 
 
 def test_a_group_smaller_than_a_row_is_refused(store):
-    loader = make_loader(store, stages=[stage(0, 131072, 1, **{"books/a": 0.1, "*": 0.9})])
+    stages = [stage(0, 512, 8), stage(9, 131072, 1, **{"books/a": 0.1, "*": 0.9})]
     with pytest.raises(DataError, match=r"source books/a has \d+ tokens, less than one row of 131072"):
-        loader.step_rows(0)
+        make_loader(store, stages=stages)
 
 
 # Stages ---------------------------------------------------------------------------------------------------------------
