@@ -131,17 +131,37 @@ def _build(cls: type, tree: Any, place: str, problems: list[str]) -> Any:
             problems.append(f"{place}{key}: missing")
         elif dataclasses.is_dataclass(kind):
             values[key] = _build(kind, tree[key], f"{place}{key}.", problems)  # type: ignore[arg-type]
+        elif typing.get_origin(kind) is dict and dataclasses.is_dataclass(typing.get_args(kind)[1]):
+            values[key] = _build_entries(typing.get_args(kind)[1], key, tree, place, problems)
         else:
             try:
                 values[key] = _convert(kind, tree[key])
             except TypeError as error:
                 problems.append(f"{place}{key}={tree[key]!r} must be {error}")
-    unbuilt = [key for key, value in values.items() if value is None and dataclasses.is_dataclass(hints[key])]
+    unbuilt = [
+        key
+        for key, value in values.items()
+        if (value is None and dataclasses.is_dataclass(hints[key]))
+        or (isinstance(value, dict) and None in value.values())
+    ]
     if len(values) < len(hints) or unbuilt:
         return None
     section = cls(**values)
     problems += [f"{place}{line}" for line in section.problems()]
     return section
+
+
+def _build_entries(cls: type, key: str, tree: dict[str, Any], place: str, problems: list[str]) -> dict[str, Any]:
+    """A table of named sections. Each takes from its neighbours, the keys beside the table, what it does not say."""
+    table = tree[key]
+    if not isinstance(table, dict):
+        problems.append(f"{place}{key}={table!r} must be a table of names")
+        return {"": None}
+    common = {name: tree[name] for name in typing.get_type_hints(cls) if name in tree}
+    return {
+        name: _build(cls, common | entry if isinstance(entry, dict) else entry, f"{place}{key}.{name}.", problems)
+        for name, entry in table.items()
+    }
 
 
 def _convert(kind: Any, value: Any) -> Any:
