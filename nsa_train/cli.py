@@ -47,14 +47,14 @@ def _tokenizer(overrides: list[str]) -> int:
     """train the tokenizer of the configuration and show how it cuts the held-out text"""
     config = _config(overrides)
     from nsa_train.data.prepare import prepare
-    from nsa_train.data.store import TOKENIZER, read_manifest
+    from nsa_train.data.store import read_manifest
 
     folder = prepare(config.data, config.model.vocab, lambda line: runtime.log.info("%s", line))
     facts = read_manifest(folder)
     heldout = facts["heldout"]
     runtime.log.info(
         "%d pieces, %.2f bytes a token on held-out text, sha256 %s\n%s",
-        facts["vocab"], heldout["bytes"] / heldout["tokens"], facts["tokenizer_sha256"], folder / TOKENIZER,
+        facts["vocab"], heldout["bytes"] / heldout["tokens"], facts["tokenizer_sha256"], folder / facts["tokenizer"],
     )  # fmt: skip
     return 0
 

@@ -148,12 +148,21 @@ def device_name() -> str:
     return torch.cuda.get_device_name(device()) if device().type == "cuda" else "CPU"
 
 
+def peak_resident_bytes() -> int:
+    """Most memory that this process has had resident. (getrusage would count its parent's, from before the exec.)"""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
 def peak_memory_gib() -> float:
     """Peak memory of this process: allocated on its GPU, or resident on a CPU."""
-    import resource
-
     import torch
 
     if device().type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_resident_bytes() / 2**30
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -20,7 +20,7 @@ from nsa_train.data.loader import Loader
 from nsa_train.data.pack import Stretches, documents_in_row, make_plan
 from nsa_train.data.prepare import prepare
 from nsa_train.data.stages import Stage
-from nsa_train.data.store import TOKENIZER, TokenStore
+from nsa_train.data.store import TokenStore
 from nsa_train.data.tokenizer import Tokenizer
 
 Row = dict[str, Any]
@@ -105,7 +105,8 @@ def _read(loader: Loader, steps: int) -> None:
 def tokenising(config: Config) -> list[Row]:
     """Tokens per second on text of the configuration's corpus, document by document."""
     folder = prepare(config.data, config.model.vocab, runtime.log.info)
-    store, tokenizer = TokenStore.open(folder, "train"), Tokenizer.load(folder / TOKENIZER)
+    store = TokenStore.open(folder, "train")
+    tokenizer = Tokenizer.load(store.tokenizer)
     documents = max(1, int(np.searchsorted(store.offsets, TOKENIZED_TOKENS, side="right")) - 1)
     texts = [
         tokenizer.decode(store.tokens[a:b]) for a, b in zip(store.offsets[:documents], store.offsets[1:], strict=False)

@@ -131,18 +131,64 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where text comes from and how it becomes packed rows."""
+class SourceConfig:
+    """One origin of documents."""
 
-    source: Literal["stdlib", "files"]  # the interpreter's own library, or `paths`
-    name: str  # what the prepared corpus is called
+    kind: Literal["stdlib", "files", "tree", "tar", "hub", "recall"]
     root: str  # folder under which `paths` and `heldout_paths` lie
-    paths: tuple[str, ...]  # .jsonl, .jsonl.zst, .parquet, text files, or folders of them
+    paths: tuple[str, ...]  # files: files or folders; tree: folders; tar: archives; hub: names of data sets
     heldout_paths: tuple[str, ...]  # empty: a share of the documents is held out
     heldout_share: float  # of the documents, chosen by a hash of their text
-    text_field: str  # of a jsonl or parquet record
+    licence: str | None  # of documents that do not name theirs
+    text_field: str  # of a record in a jsonl, parquet or Arrow file or a data set
+    language_field: str  # of a record
+    languages: tuple[str, ...]  # what `language_field` must say; empty: anything
+    min_chars: int  # of a document; shorter ones are left out
+    max_chars: int | None  # longer ones are left out; null: no limit
+    include: tuple[str, ...]  # tree, tar: patterns of paths that count, such as *.py; empty: every file of text
+    exclude: tuple[str, ...]  # tree, tar: patterns of paths that do not
+    depth: int | None  # tree, tar: folders so many levels deep become one document each; null: every folder by itself
+    subset: str | None  # hub: part of the data set: its name, or, with a slash, its folder
+    hub_split: str  # hub: split of the data set
+    revision: str | None  # hub: commit or tag; null: what is newest when it is read
+    take: int | None  # hub: the first so many records; null: all; recall: so many documents
+
+    def problems(self) -> list[str]:
+        found = [f"{key}={getattr(self, key)} must not be negative" for key in ("min_chars", "max_chars", "depth")
+                 if (getattr(self, key) or 0) < 0]  # fmt: skip
+        if self.kind != "stdlib" and not self.paths:
+            found.append("paths is empty; name files or folders under data.root, like data.paths=[books.jsonl.zst]")
+        if not self.heldout_paths and not 0 < self.heldout_share < 1:
+            found.append(f"heldout_share={self.heldout_share} must lie between 0 and 1")
+        if self.languages and self.kind not in ("files", "hub"):
+            found.append(f"languages={list(self.languages)} needs records, which kind={self.kind} has not")
+        if self.kind == "recall" and (self.take is None or self.max_chars is None or self.min_chars < 1):
+            found.append(
+                "kind=recall needs take (documents), min_chars and max_chars: it makes documents of such sizes"
+            )
+        if self.take is not None and self.take <= 0:
+            found.append(f"take={self.take} must be positive, or null for all")
+        root = Path(self.root).resolve()
+        for path in () if self.kind == "hub" else (*self.paths, *self.heldout_paths):
+            if not (root / path).resolve().is_relative_to(root):
+                found.append(f"paths: {path} leaves data.root={self.root}; set data.root to the folder that holds it")
+        return found
+
+
+@dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    """Where text comes from and how it becomes packed rows.
+
+    The keys of a source describe the only one, or, where `sources` names several, what these have in common.
+    """
+
+    name: str  # what the prepared corpus is called
+    sources: dict[str, SourceConfig]  # name -> keys that differ from those beside it; empty: one source
+    on_error: Literal["stop", "skip"]  # at a record or file that cannot be read: end, or go on and count
+    near_duplicates: float | None  # leave out documents at least so alike, 0 to 1; null: exact duplicates only
+    workers: int  # processes that tokenise; 0: one per core
     prepared_dir: str  # tokenised corpora and their tokenizers
-    tokenizer: str | None  # a SentencePiece .model file; null: trained on the corpus
+    tokenizer: str | None  # a SentencePiece .model, a tokenizer.json or its folder; null: trained on the corpus
     tokenizer_kind: Literal["bpe", "unigram"]
     tokenizer_sample_mb: int  # text that the tokenizer is trained on
     packing: Literal["best_fit", "concat", "long"]  # how documents share rows
@@ -154,17 +200,22 @@ class DataConfig:
     def problems(self) -> list[str]:
         found = _not_positive(self, "tokenizer_sample_mb", "max_documents", "align", "long_copies")
         found += _mixture_problems(self.mixture)
-        if not SAFE_NAME.fullmatch(self.name):
-            found.append(f"name={self.name!r} may hold letters, digits and . _ - only")
-        if self.source == "files" and not self.paths:
-            found.append("paths is empty; name files or folders under data.root, like data.paths=[books.jsonl.zst]")
-        if not self.heldout_paths and not 0 < self.heldout_share < 1:
-            found.append(f"heldout_share={self.heldout_share} must lie between 0 and 1")
-        root = Path(self.root).resolve()
-        for path in (*self.paths, *self.heldout_paths):
-            if not (root / path).resolve().is_relative_to(root):
-                found.append(f"paths: {path} leaves data.root={self.root}; set data.root to the folder that holds it")
-        return found
+        names = [("name", self.name), *(("sources", name) for name in self.sources)]
+        found += [
+            f"{key}={name!r} may hold letters, digits and . _ - only"
+            for key, name in names
+            if not SAFE_NAME.fullmatch(name)
+        ]
+        if self.workers < 0:
+            found.append(f"workers={self.workers} must not be negative; 0 is one per core")
+        if self.near_duplicates is not None and not 0 < self.near_duplicates < 1:
+            found.append(f"near_duplicates={self.near_duplicates} must lie between 0 and 1")
+        return found if self.sources else found + super().problems()
+
+    @property
+    def named_sources(self) -> dict[str, SourceConfig]:
+        """`sources`, or this section itself as the only one."""
+        return self.sources or {self.name: self}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from nsa_train.config.schema import Config
 from nsa_train.data.loader import Loader, Row
 from nsa_train.data.prepare import prepare
 from nsa_train.data.stages import stages_of
-from nsa_train.data.store import TOKENIZER, TokenStore
+from nsa_train.data.store import TokenStore
 from nsa_train.data.tokenizer import Tokenizer
 from nsa_train.errors import ConfigError
 
@@ -64,7 +64,7 @@ def inspect(config: Config, question: Question) -> Iterator[str]:
     yield from _packing(loader, question.step)
     yield from _mixture(loader, train, question.step)
     yield from _step(rows, train, question.step)
-    yield from _row(rows[question.row - 1], train, Tokenizer.load(folder / TOKENIZER), question)
+    yield from _row(rows[question.row - 1], train, Tokenizer.load(train.tokenizer), question)
 
 
 def _lengths(store: TokenStore) -> Iterator[str]:

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 from nsa_train import runtime
+from nsa_train.config.schema import SourceConfig
 from nsa_train.data.files import Document
+from nsa_train.data.ledger import Ledger
+from nsa_train.errors import DataError
 
 
 class Words(NamedTuple):
@@ -59,6 +62,16 @@ def recall_documents(split: str, documents: int, least_chars: int, most_chars: i
         draw = random.Random(runtime.seed_of("recall", split, number))
         size = round(least_chars * (most_chars / least_chars) ** draw.random())
         yield Document(KINDS[kind](draw, WORDS[split], size), f"recall-{kind}", f"{split} {number}")
+
+
+def read_recall(source: SourceConfig, paths: Sequence[str], ledger: Ledger) -> Iterator[Document]:
+    """A source of such documents: `paths` name splits, `take` says how many, `min_chars` and `max_chars` how long."""
+    for split in paths:
+        if split not in WORDS:
+            raise DataError(f"kind=recall: paths={list(paths)} must be {' or '.join(WORDS)}, whose words they have")
+        assert source.take is not None
+        assert source.max_chars is not None
+        yield from recall_documents(split, source.take, source.min_chars, source.max_chars)
 
 
 def answers(text: str, words: Words) -> list[tuple[str, str]]:

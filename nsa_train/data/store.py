@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from nsa_train.data.sources import Split
-from nsa_train.data.statistics import CHUNK_TOKENS
+from nsa_train.data.selection import Split
 from nsa_train.errors import DataError
 
-SCHEMA = "nsa-train/corpus/1"
+SCHEMA = "nsa-train/corpus/2"
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.model"
+FIGURE = "lengths.png"
 SPLIT_FILES = {"tokens.bin": "sha256", "offsets.npy": "offsets_sha256", "sources.npy": "sources_sha256"}
 REMEDY = "delete the folder to prepare again"
+CHUNK_TOKENS = 1 << 24  # looked at together
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TokenStore:
         folder = Path(folder)
         manifest = read_manifest(folder)
         numbers, inside = manifest[split], folder / split
-        _check_digest(folder / TOKENIZER, manifest["tokenizer_sha256"])
+        _check_digest(folder / manifest["tokenizer"], manifest["tokenizer_sha256"])
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         path = inside / "tokens.bin"
         size, wanted = path.stat().st_size if path.is_file() else 0, numbers["tokens"] * dtype.itemsize
@@ -70,6 +70,11 @@ class TokenStore:
     def hash(self) -> str:
         """Of the whole corpus, both splits and the tokenizer."""
         return self.manifest["hash"]
+
+    @property
+    def tokenizer(self) -> Path:
+        """What `Tokenizer.load` takes."""
+        return self.folder / self.manifest["tokenizer"]
 
     @property
     def lengths(self) -> np.ndarray:

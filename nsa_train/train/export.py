@@ -30,6 +30,7 @@ def export_model(model: Transformer, config: schema.Config, tokenizer: Path, tar
     aside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     wrapped.save_pretrained(aside)
-    shutil.copy2(tokenizer, aside / "tokenizer.model")
+    for file in tokenizer.parent.glob("tokenizer*"):
+        shutil.copy2(file, aside)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(aside, target)

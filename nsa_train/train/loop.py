@@ -18,7 +18,7 @@ from nsa_train.config.load import to_tree
 from nsa_train.data.loader import NO_LABEL, Batch, Loader, largest_divisor
 from nsa_train.data.prepare import prepare
 from nsa_train.data.stages import Stage, stages_of
-from nsa_train.data.store import TOKENIZER, TokenStore
+from nsa_train.data.store import TokenStore
 from nsa_train.errors import ConfigError, Interrupted, NsaTrainError, StorageError
 from nsa_train.model.counts import count_parameters
 from nsa_train.model.transformer import Transformer
@@ -169,7 +169,7 @@ class _Run:
         if self.config.trainer.export:
             self._enter(self.config.trainer.steps - 1)
             target = self.folder.path / "export"
-            on_main(lambda: export_model(self.model, self.config, self.corpus / TOKENIZER, target))
+            on_main(lambda: export_model(self.model, self.config, self.corpus / self.facts["tokenizer"], target))
 
     def _steps(self) -> Iterator[dict[str, Any]]:
         """Take the remaining steps; yields each step's figures, equal on all ranks."""

@@ -11,7 +11,7 @@ from nsa_train.config.load import load_config
 from nsa_train.data.inspect import Question, inspect
 from nsa_train.data.loader import Loader
 from nsa_train.data.stages import stages_of
-from nsa_train.data.store import TOKENIZER, TokenStore
+from nsa_train.data.store import TokenStore
 from nsa_train.data.tokenizer import Tokenizer
 from nsa_train.errors import ConfigError
 
@@ -44,7 +44,7 @@ def test_it_names_the_documents_of_every_row_of_the_step(config, loader):
 def test_it_shows_a_row_as_text_with_its_borders(config, loader, store, prepared):
     text = "\n".join(report(config, step=2, row=3, show=10**6))
     shown = text[text.index("step 2, row 3 as text") :]
-    row, tokenizer = loader.step_rows(1)[2], Tokenizer.load(prepared[1] / TOKENIZER)
+    row, tokenizer = loader.step_rows(1)[2], Tokenizer.load(store.tokenizer)
     doc, start, length = (getattr(row.plan, key)[row.pieces].tolist() for key in ("doc", "start", "length"))
     wanted = ["step 2, row 3 as text"]
     for d, s, n in zip(doc, start, length, strict=True):

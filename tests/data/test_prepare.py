@@ -10,7 +10,7 @@ import pytest
 
 from nsa_train.config.load import load_config
 from nsa_train.data.prepare import prepare
-from nsa_train.data.sources import SPLITS, documents
+from nsa_train.data.selection import SPLITS, documents
 from nsa_train.data.store import TokenStore
 from nsa_train.data.tokenizer import Tokenizer
 from nsa_train.errors import DataError, StorageError
@@ -83,18 +83,6 @@ def test_a_changed_input_or_setting_gets_another_folder_and_how_rows_are_packed_
     assert len({first, *others}) == 4
 
 
-def test_a_process_that_finished_first_is_believed(small):
-    finished = []
-
-    def someone_else(line):
-        if not finished:
-            finished.append(None)
-            finished.append(prepare(small, VOCAB, quiet))
-
-    assert prepare(small, VOCAB, someone_else) == finished[1]
-    assert len(list(finished[1].parent.iterdir())) == 1
-
-
 def test_a_failed_build_leaves_nothing_behind(small, tmp_path):
     write_corpus(small, ["a few words", "and some more"])
     with pytest.raises(DataError, match=r"set model\.vocab"):
@@ -105,16 +93,15 @@ def test_a_failed_build_leaves_nothing_behind(small, tmp_path):
 def test_the_manifest_counts_what_is_in_the_store(prepared):
     data, folder = prepared
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert (manifest["vocab"], manifest["dtype"], manifest["licence"], manifest["python"]) == (
-        VOCAB,
-        "uint16",
-        None,
-        None,
-    )
+    assert (manifest["vocab"], manifest["dtype"], manifest["python"]) == (VOCAB, "uint16", None)
+    assert (manifest["left_out"], manifest["broken"]) == ({}, [])
     for split in SPLITS:
         lengths, numbers = TokenStore.open(folder, split).lengths.tolist(), manifest[split]
         assert (numbers["documents"], numbers["tokens"]) == (len(lengths), sum(lengths))
         assert numbers["bytes"] == sum(len(document.text.encode()) for document in documents(data, split))
+        assert numbers["bytes_per_token"] == pytest.approx(numbers["bytes"] / sum(lengths), abs=1e-4)
+        long = sum(n for n in lengths if n >= 8192) / sum(lengths)
+        assert numbers["share_in_long"]["8192"] == pytest.approx(long, abs=1e-6)
         past = sum(max(n - 2048, 0) for n in lengths) / sum(lengths)
         assert numbers["share_past"]["2048"] == pytest.approx(past, abs=1e-6)
         assert numbers["length_histogram"] == {
@@ -122,7 +109,8 @@ def test_the_manifest_counts_what_is_in_the_store(prepared):
             for k in range(20)
             if any(2**k <= n < 2 ** (k + 1) for n in lengths)
         }
-        assert sum(source["tokens"] for source in numbers["sources"].values()) == sum(lengths)
+        for key in ("documents", "tokens", "bytes"):
+            assert sum(source[key] for source in numbers["sources"].values()) == numbers[key]
     assert set(manifest["train"]["sources"]) == {"long", "short"}
 
 
@@ -228,7 +216,7 @@ def test_the_standard_library_becomes_a_corpus_of_long_documents(tmp_path):
     data = dataclasses.replace(load_config(["experiment=tiny"]).data, prepared_dir=str(tmp_path))
     folder = prepare(data, 2048, quiet)
     manifest = TokenStore.open(folder, "train").manifest
-    assert manifest["licence"] == "PSF-2.0"
+    assert manifest["train"]["sources"]["stdlib"]["licences"] == {"PSF-2.0": manifest["train"]["documents"]}
     assert manifest["python"]
     assert manifest["train"]["tokens"] > 2_000_000
     assert manifest["train"]["share_past"]["8192"] > 0.5

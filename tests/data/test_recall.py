@@ -5,7 +5,12 @@ from itertools import pairwise
 
 import pytest
 
+from nsa_train.config.load import load_config
+from nsa_train.data.prepare import prepare
 from nsa_train.data.recall import FILLER, KINDS, WORDS, answers, recall_documents
+from nsa_train.data.store import TokenStore
+from nsa_train.data.tokenizer import Tokenizer
+from nsa_train.errors import ConfigError, DataError
 
 SPLITS = tuple(WORDS)
 
@@ -96,3 +101,31 @@ def test_needles_lie_at_all_depths():
 
 def test_filler_says_nothing_that_a_question_could_ask_for():
     assert not [word for word in FILLER if re.fullmatch(r"([bcdfghjklmnpqrstvwxz][aeiou]){3}", word)]
+
+
+def recall_corpus(tmp_path, *words):
+    return load_config([
+        "data.kind=recall", "data.paths=[train]", "data.heldout_paths=[heldout]", "data.take=40", "data.min_chars=300",
+        "data.max_chars=3000", "model.vocab=400", f"data.prepared_dir={tmp_path}", "data.workers=1", *words,
+    ])  # fmt: skip
+
+
+def test_as_a_source_each_split_has_the_words_of_its_own(tmp_path):
+    config = recall_corpus(tmp_path)
+    folder = prepare(config.data, config.model.vocab, lambda line: None)
+    for split in SPLITS:
+        store = TokenStore.open(folder, split)
+        tokenizer = Tokenizer.load(store.tokenizer)
+        bounds = pairwise(store.offsets.tolist())
+        texts = [tokenizer.decode(store.tokens[a:b]) for a, b in bounds]
+        assert 30 <= len(texts) <= 40
+        assert all(answers(text, WORDS[split]) for text in texts)
+        assert all(300 <= len(text) <= 3000 for text in texts)
+
+
+def test_a_source_without_sizes_or_of_unknown_words_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.kind=recall needs take \(documents\), min_chars and max_chars"):
+        recall_corpus(tmp_path, "data.max_chars=null")
+    config = recall_corpus(tmp_path, "data.paths=[test]")
+    with pytest.raises(DataError, match=r"kind=recall: paths=\['test'\] must be train or heldout"):
+        prepare(config.data, config.model.vocab, lambda line: None)
