@@ -23,7 +23,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": GROUND | {"ops", "model", "data", "parallel"},
     "plan": GROUND | {"ops", "model", "data", "parallel", "train"},
     "doctor": GROUND | {"ops", "model", "data", "parallel", "train"},
-    "cli": GROUND | {"model", "data", "parallel", "train", "plan", "doctor"},
+    "bench": GROUND | {"ops", "model", "data", "parallel", "train"},
+    "cli": GROUND | {"model", "data", "parallel", "train", "plan", "doctor", "bench"},
     "__main__": {"cli"},
 }
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

@@ -1,0 +1,64 @@
+"""The head that every file under docs/results/ carries: what was run, on what, with which versions."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsa_train import runtime
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+
+
+def device_facts() -> dict[str, Any]:
+    """name, count, sm and driver of the GPUs, or the CPU's model and its usable cores."""
+    if not torch.cuda.is_available():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+        return {"name": name, "count": len(os.sched_getaffinity(0)), "sm": None, "driver": None}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    major, minor = torch.cuda.get_device_capability()
+    return {
+        "name": torch.cuda.get_device_name(), "count": torch.cuda.device_count(), "sm": f"{major}{minor}",
+        "driver": driver[0] if driver else None,
+    }  # fmt: skip
+
+
+def gpu_label() -> str:
+    """The GPU's name as files carry it: `NVIDIA H100 80GB HBM3` is h100."""
+    found = re.search(r"[A-Z]+\d+[A-Z]*", torch.cuda.get_device_name())
+    return found.group().lower() if found else "gpu"
+
+
+def write_result(
+    name: str, kind: str, rows: list[dict[str, Any]], commit: str | None = None, folder: Path = RESULTS
+) -> Path:
+    """<folder>/<name>.json; `commit` names the source where the tree is no git checkout."""
+    path = folder / f"{name}.json"
+    head = {
+        "schema": f"nsa-train/{kind}/1",
+        "command": shlex.join(
+            [
+                "nsa-train" if sys.argv[0].endswith(("__main__.py", "nsa-train")) else "python " + sys.argv[0],
+                *sys.argv[1:],
+            ]
+        ),
+        "commit": runtime.git_commit() or commit,
+        "date": datetime.date.today().isoformat(),
+        "device": device_facts(),
+        "versions": runtime.versions(),
+        "rows": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(head, indent=1) + "\n")
+    return path
