@@ -35,9 +35,12 @@ def _prepare(overrides: list[str]) -> int:
     folder = prepare(config.data, config.model.vocab, lambda line: runtime.log.info("%s", line))
     facts = read_manifest(folder)
     for split in ("train", "heldout"):
+        numbers = facts[split]
+        shares = " / ".join(f"{share:.0%}" for share in numbers["share_in_long"].values())
         runtime.log.info(
-            "%-8s %6d documents  %12s tokens", split, facts[split]["documents"], f"{facts[split]['tokens']:,}"
-        )
+            "%-8s %9s documents  %15s tokens, %s of them in documents of 8k / 32k / 64k or more",
+            split, f"{numbers['documents']:,}", f"{numbers['tokens']:,}", shares,
+        )  # fmt: skip
     runtime.log.info("unigram entropy of the held-out text: %.4f nats per token", facts["unigram_entropy"])
     runtime.log.info("hash %s\n%s", facts["hash"], folder)
     return 0

@@ -10,10 +10,9 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -24,11 +23,12 @@ from nsa_train.data.progress import Meter
 from nsa_train.data.selection import DROPPED, SPLITS, Selection, Split, chosen, select
 from nsa_train.data.sources import input_stats
 from nsa_train.data.statistics import plot_lengths, source_numbers, split_numbers, unigram_entropy
-from nsa_train.data.store import FIGURE, MANIFEST, SCHEMA, SPLIT_FILES, read_manifest, sha256_of
+from nsa_train.data.store import FIGURE, MANIFEST, SCHEMA, SPLIT_FILES, corpus_hash, read_manifest, sha256_of
 from nsa_train.data.tokenizer import Tokenizer, train_tokenizer
 from nsa_train.errors import DataError, Interrupted, StorageError
 
 WAIT_S = 0.2
+MOST_WORKERS = 16  # unless more are asked for: one process reads for all of them, 50 to 150 MB/s
 SAMPLE_SEED = 0  # of the tokenizer's lines: runs of different seeds share one corpus
 PACKING = ("packing", "max_documents", "align", "long_copies", "mixture")
 NOT_IN_KEY = ("prepared_dir", "workers", *PACKING)  # where and how fast, and what the loader does with it
@@ -46,8 +46,8 @@ def prepare(data: DataConfig, vocab: int, progress: Callable[[str], None]) -> Pa
     folder = base / f"{data.name}-{_key(data, vocab)}"
     building = base / f".{folder.name}"
     try:
-        if not folder.exists():
-            with _alone(building, progress):
+        if not folder.exists() or building.exists():
+            with _lock(building, progress):
                 try:
                     if not folder.exists():
                         _build(data, vocab, building, progress).rename(folder)
@@ -64,26 +64,24 @@ def prepare(data: DataConfig, vocab: int, progress: Callable[[str], None]) -> Pa
     return folder
 
 
-@contextmanager
-def _alone(building: Path, progress: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of a building site; a killed process frees it. The holder may remove the site."""
+def _lock(building: Path, progress: Callable[[str], None]) -> IO[str]:
+    """Wait for the lock of a building site; closing it, or dying, frees it. Its holder may remove the site."""
     told = False
     while True:
         building.mkdir(parents=True, exist_ok=True)
+        file = (building / "lock").open("w")
         try:
-            with (building / "lock").open("w") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(file.fileno()), (building / "lock").stat()):
-                    yield
-                    return
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), (building / "lock").stat()):
+                return file
         except BlockingIOError:
             if not told:
                 progress(f"{building}: another process prepares this corpus; waiting for it")
             told = True
             time.sleep(WAIT_S)
-        except FileNotFoundError:
-            if building.exists():
-                raise
+        except FileNotFoundError:  # the holder finished and removed the site
+            pass
+        file.close()
 
 
 def _key(data: DataConfig, vocab: int) -> str:
@@ -197,7 +195,7 @@ def _tokenise(
     """Fill `folder` with the shards of the corpus; their files."""
     folder.mkdir(exist_ok=True)
     total = int(selection.bytes[selection.fate != DROPPED].sum())
-    cost.workers = min(data.workers or runtime.cores(), 1 + total // shards.SHARD_CHARACTERS)
+    cost.workers = min(data.workers or min(runtime.cores(), MOST_WORKERS), 1 + total // shards.SHARD_CHARACTERS)
     texts = ((split, document.text) for split, document in chosen(data, selection))
     pieces = shards.shards_of(texts, Tokenizer.load(tokenizer).splits)
     with Meter(f"{data.name}: tokenising", progress, total) as meter:
@@ -237,14 +235,12 @@ def _assemble(
         }
         if split == "train":
             plot_lengths(lengths, f"{data.name}: {len(lengths):,} documents, {offsets[-1]:,} tokens", target / FIGURE)
-    digest = sha256_of(tokenizer)
-    identity = [digest, dtype.name, *(numbers[s][k] for s in SPLITS for k in ("sha256", "offsets_sha256"))]
-    return {
+    manifest = {
         "schema": SCHEMA,
         "name": data.name,
-        "hash": hashlib.sha256("|".join(identity).encode()).hexdigest(),
+        "hash": "",
         "tokenizer": tokenizer.name,
-        "tokenizer_sha256": digest,
+        "tokenizer_sha256": sha256_of(tokenizer),
         "vocab": vocab,
         "dtype": dtype.name,
         "python": _python(data),
@@ -254,6 +250,7 @@ def _assemble(
         "sources": names,
         **numbers,
     }
+    return manifest | {"hash": corpus_hash(manifest)}
 
 
 def _join(files: list[Path], target: Path, vocab: int) -> tuple[np.ndarray, np.ndarray]:

@@ -25,10 +25,10 @@ class Meter:
             from rich import progress
             from rich.console import Console
 
-            columns = ("{task.description}", progress.BarColumn(), progress.DownloadColumn(), "{task.fields[tokens]}",
-                       progress.TimeElapsedColumn(), progress.TimeRemainingColumn())  # fmt: skip
+            columns = ("{task.description}", progress.BarColumn(20), progress.DownloadColumn(), "{task.fields[speed]}",
+                       progress.TimeRemainingColumn())  # fmt: skip
             self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task(self._label, total=self._total, tokens="")
+            self._task = self._bar.add_task(self._label, total=self._total, speed="")
             self._bar.start()
         return self
 
@@ -44,15 +44,16 @@ class Meter:
         self._bytes += size
         self._tokens += tokens
         if self._bar:
-            self._bar.update(self._task, completed=self._bytes, tokens=self._speed())
+            self._bar.update(self._task, completed=self._bytes, speed=self._speed())
         elif time.monotonic() - self._said > EVERY_S:
             self._said = time.monotonic()
             self._say(self._line())
 
     def _speed(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-3)
-        return f", {self._tokens:,} tokens, {self._tokens / seconds:,.0f} tokens/s" if self._tokens else ""
+        return f"{self._tokens / seconds:,.0f} tokens/s" if self._tokens else ""
 
     def _line(self) -> str:
         of = f" of {self._total / 1e6:,.1f}" if self._total else ""
-        return f"{self._label}: {self._bytes / 1e6:,.1f}{of} MB{self._speed()}"
+        tokens = f", {self._tokens:,} tokens, {self._speed()}" if self._tokens else ""
+        return f"{self._label}: {self._bytes / 1e6:,.1f}{of} MB{tokens}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from array import array
 from collections import Counter
@@ -56,6 +57,8 @@ class Selection:
         words = {key: value for key, value in vars(self).items() if key not in arrays}
         with path.open("wb") as file:
             np.savez(file, allow_pickle=False, words=np.frombuffer(json.dumps(words).encode(), np.uint8), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
 
     @staticmethod
     def load(path: Path) -> Selection:

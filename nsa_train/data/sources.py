@@ -57,13 +57,12 @@ def input_stats(data: DataConfig) -> list[tuple[str, int, int]]:
     """
     found = []
     for source in data.named_sources.values():
-        files = input_files(source.root, source.heldout_paths) if source.kind in ("stdlib", "files", "tar") else []
-        if source.kind in ("files", "tar"):
-            files += input_files(source.root, source.paths)
+        paths = (*source.heldout_paths, *(() if source.kind == "stdlib" else source.paths))
         if source.kind == "tree":
-            files = [file for path in (*source.heldout_paths, *source.paths) for file in tree_files(source, path)]
-        if source.kind == "hub":
-            files = input_files(source.root, [path for path in source.paths if (Path(source.root) / path).exists()])
+            files = [file for path in paths for file in tree_files(source, path)]
+        else:  # a data set of the hub has files here only where it is a folder under root
+            here = source.kind != "hub"
+            files = input_files(source.root, [path for path in paths if here or (Path(source.root) / path).exists()])
         for file in files:
             stat = file.stat()
             found.append((str(file.relative_to(source.root)), stat.st_size, stat.st_mtime_ns))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nsa_train.data.selection import Split
+from nsa_train.data.selection import SPLITS, Split
 from nsa_train.errors import DataError
 
 SCHEMA = "nsa-train/corpus/2"
@@ -45,6 +45,8 @@ class TokenStore:
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
+        if manifest["hash"] != corpus_hash(manifest):
+            raise DataError(f"{folder / MANIFEST}: damaged, its hash is not that of the digests in it; {REMEDY}")
         numbers, inside = manifest[split], folder / split
         _check_digest(folder / manifest["tokenizer"], manifest["tokenizer_sha256"])
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
@@ -93,6 +95,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if found != SCHEMA:
         raise DataError(f"{path}: schema is {found!r}, not {SCHEMA!r}; {REMEDY}")
     return manifest
+
+
+def corpus_hash(manifest: dict[str, Any]) -> str:
+    """One hash for the tokenizer and the tokens and documents of both splits, from their digests in the manifest."""
+    digests = (manifest[split][key] for split in SPLITS for key in ("sha256", "offsets_sha256"))
+    identity = [manifest["tokenizer_sha256"], manifest["dtype"], *digests]
+    return hashlib.sha256("|".join(identity).encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:

@@ -11,7 +11,7 @@ import pytest
 from nsa_train.config.load import load_config
 from nsa_train.data.prepare import prepare
 from nsa_train.data.selection import SPLITS, documents
-from nsa_train.data.store import TokenStore
+from nsa_train.data.store import TokenStore, corpus_hash, sha256_of
 from nsa_train.data.tokenizer import Tokenizer
 from nsa_train.errors import DataError, StorageError
 
@@ -185,12 +185,26 @@ def test_a_folder_without_its_manifest_is_refused(content, message, damaged):
         TokenStore.open(damaged, "heldout")
 
 
+def test_a_manifest_whose_hash_is_not_that_of_its_digests_is_refused(damaged):
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    (damaged / "manifest.json").write_text(json.dumps(manifest | {"hash": "0" * 64}))
+    with pytest.raises(DataError, match=r"manifest\.json: damaged, its hash is not that of the digests"):
+        TokenStore.open(damaged, "train")
+
+
+def test_what_a_kill_left_beside_a_finished_corpus_is_removed(small):
+    folder = prepare(small, VOCAB, quiet)
+    site = folder.with_name(f".{folder.name}")
+    (site / "shards").mkdir(parents=True)
+    assert prepare(small, VOCAB, quiet) == folder
+    assert not site.exists()
+
+
 def resign(folder, name, key):
     """Make the manifest agree with a file that a test changed."""
-    from nsa_train.data.store import sha256_of
-
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["train"][key] = sha256_of(folder / "train" / name)
+    manifest["hash"] = corpus_hash(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -115,6 +115,16 @@ def test_after_a_kill_finished_shards_are_kept_and_half_written_ones_redone(work
     assert [path.name for path in (tmp_path / "prepared").iterdir()] == [folder.name]
 
 
+def test_shards_of_other_text_are_not_taken(corpus, tmp_path, monkeypatch):
+    undisturbed = contents(prepare(elsewhere(corpus), VOCAB, print))
+    killed = start(corpus, tmp_path, "prepare.shard")  # with shards of SMALL_SHARD characters
+    killed.communicate(timeout=100)
+    monkeypatch.setattr(shards, "SHARD_CHARACTERS", SMALL_SHARD // 2)
+    folder = prepare(corpus, VOCAB, print)
+    assert contents(folder) == undisturbed
+    assert json.loads((folder / "preparation.json").read_text())["shards_found"] == 0
+
+
 def test_a_worker_that_is_killed_is_reported_and_the_same_command_goes_on(corpus, tmp_path, monkeypatch, small_shards):
     monkeypatch.setenv("NSA_TRAIN_KILL_AT", "shard.write")  # read by the workers, which die at their first shard
     with pytest.raises(Interrupted, match=r"the same command goes on.*data\.workers=1"):

@@ -241,6 +241,16 @@ def test_near_duplicates_are_left_out_and_equal_ones_counted_apart(data_config, 
     assert len(texts_of(data_config(heldout_paths=("held.txt",)), "train")) == len(texts) + 4
 
 
+def test_a_text_in_two_sources_stays_in_one_split_whatever_is_near(tmp_path, module_texts):
+    for name in "ab":
+        write_jsonl(tmp_path / f"{name}.jsonl", list(module_texts.values()))
+    sources = ("data.sources.a={paths: [a.jsonl], heldout_share: 1.0e-9}",
+               "data.sources.b={paths: [b.jsonl], heldout_share: 0.999999999}")  # fmt: skip
+    data = named(tmp_path, *sources, "data.near_duplicates=0.9")
+    found = [document.text for split in SPLITS for document in documents(data, split)]
+    assert Counter(found) == Counter(module_texts.values())
+
+
 def test_a_data_set_is_read_by_its_name_as_a_stream(data_config, tmp_path, module_texts):
     folder = tmp_path / "owner" / "set"
     folder.mkdir(parents=True)
