@@ -100,11 +100,13 @@ def _data(words: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    """measure this machine: `bench data`, with --help for its options"""
-    if arguments[:1] != ["data"]:
-        raise ConfigError("bench: name one of data, like `nsa-train bench data --help`")
-    from nsa_train.bench.data import main
-
+    """measure this machine: `bench attention` or `bench data`, with --help for their options"""
+    if arguments[:1] == ["attention"]:
+        from nsa_train.bench.attention import main
+    elif arguments[:1] == ["data"]:
+        from nsa_train.bench.data import main
+    else:
+        raise NsaTrainError("bench: name one of attention, data, like `nsa-train bench data --help`")
     return main(arguments[1:])
 
 

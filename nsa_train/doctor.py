@@ -45,10 +45,6 @@ def _devices() -> Iterator[tuple[str, str]]:
         yield ("ok", line) if facts.major >= 8 else ("FAIL", f"{line}: bf16 needs sm_80 or newer")
     if not hasattr(F, "grouped_mm"):
         yield "FAIL", "torch has no grouped_mm: experts cannot run on a GPU; use torch 2.11 or newer"
-    yield (
-        "warn",
-        "NSA runs on its plain PyTorch reference here: right, but slow and hungry beyond a few thousand tokens",
-    )
 
 
 def _storage(config: Config) -> Iterator[tuple[str, str]]:

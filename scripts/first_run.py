@@ -17,8 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import results
-
+from nsa_train.bench import results
 from nsa_train.train.metrics import METRICS, read_metrics
 
 ARMS = ("nsa", "full")

@@ -10,9 +10,13 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
+
+from nsa_train.bench.figures import totals
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
+PAPER_WIDTHS = (192, 128)
 
 
 def first_run() -> str:
@@ -39,7 +43,35 @@ def first_run() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"first_run": first_run}
+def attention() -> str:
+    """Forward + backward of the op at the paper's widths beside the fastest dense kernel; the JSON has the others."""
+    lines = ["| GPU | heads, widths | documents | blocks | T | NSA ms | dense ms (kernel) | times faster | peak GiB |",
+             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for path in sorted(RESULTS.glob("attention_*.json")):
+        result = json.loads(path.read_text())
+        ops = [row for row in result["rows"] if row["part"] == "op" and (row.get("pass") == "fwd" or "error" in row)]
+        ops = [row for row in ops if (row["d_qk"], row["d_v"]) == PAPER_WIDTHS]
+        for op in sorted(ops, key=lambda row: (row["docs"] > 1, row["indices"], row["T"])):
+            lines.append(attention_line(result, op))
+    return "\n".join(lines)
+
+
+def attention_line(result: dict[str, Any], op: dict[str, Any]) -> str:
+    start = (
+        f"| {result['device']['name']} | {op['Hq']}/{op['Hk']}, {op['d_qk']}/{op['d_v']} | {op['docs']} | "
+        f"{op['indices']} | {op['T'] // 1024}k | "
+    )
+    if "error" in op:
+        return f"{start}{op['error']} | | | |"
+    ours, full = (totals(result["rows"], PAPER_WIDTHS, part, op["docs"]) for part in ("op", "dense"))
+    ms = ours[op["impl"], op["indices"]][op["T"]]
+    dense = {impl: by_length[op["T"]] for (impl, _), by_length in full.items() if op["T"] in by_length}
+    best = min(dense, key=lambda impl: dense[impl], default=None)
+    beside = f"{dense[best]:.1f} ({best}) | {dense[best] / ms:.2f}" if best else "- | -"
+    return f"{start}{ms:.2f} | {beside} | {op['peak_gib']:.1f} |"
+
+
+TABLES = {"first_run": first_run, "attention": attention}
 
 
 def filled(text: str) -> str:

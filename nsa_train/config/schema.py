@@ -77,6 +77,7 @@ class AttentionConfig:
     phi: Literal["mlp", "linear", "gated_pool", "mean"]  # how a block becomes one compressed key or value
     shared_kv: bool  # one K/V projection for all branches instead of one each
     selection: Literal["topn", "random", "none"]  # how the free blocks are chosen; none: forced blocks only
+    backend: Literal["auto", "reference", "triton"]  # of NSA's op; auto: Triton on a GPU, the reference on a CPU
     cmp_block: int  # [l]   tokens pooled into one compressed key
     cmp_stride: int  # [d]   tokens from one compressed key to the next
     slc_block: int  # [l']  tokens in one selectable block
@@ -283,6 +284,7 @@ class TrainerConfig:
     micro_rows: int  # rows in one forward pass of one rank, at most
     dtype: Literal["auto", "bf16", "fp32"]  # auto: bf16 on a GPU, fp32 on a CPU
     activation_checkpointing: bool
+    compile: bool  # torch.compile each layer's attention around the NSA op
     loss_chunk_tokens: int  # logits exist for so many tokens at once
     log_every: int
     val_every: int

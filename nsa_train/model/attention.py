@@ -82,7 +82,7 @@ class Attention(nn.Module):
         k_slc = apply_rope(k_slc, angles)
         o, details = nsa_attention(
             q, k_cmp, v_cmp, k_slc, v_slc, apply_rope(k_win, angles), v_win, gates, self.spec, packing.cu_seqlens,
-            blocks=self._chosen_blocks(packing, k_slc.shape[1]), return_details=True,
+            blocks=self._chosen_blocks(packing, k_slc.shape[1]), backend=self.config.backend, return_details=True,
         )  # fmt: skip
         if probe is not None:
             one = slice(0, min(packing.lengths[0], PROBED_TOKENS))

@@ -91,6 +91,11 @@ class Transformer(nn.Module):
         for layer in self.layers:
             layer.recompute = on  # type: ignore[assignment]
 
+    def compile_attention(self) -> None:
+        """Compile each layer's attention: norms, projections, positions and gates around the op fuse."""
+        for layer in self.layers:
+            layer.attention.compile(dynamic=False)
+
     def hidden(
         self, tokens: Tensor, packing: Packing, probes: list[Probe] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:

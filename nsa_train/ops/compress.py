@@ -1,6 +1,6 @@
 """Compression phi of packed documents (paper eq. 7): [T, Hk, width] -> compressed keys or values [rows, Hk, width].
 
-Reference: `reference.phi_*` of `reference.compressed_blocks`. Notes: docs/kernels/window.md. Plain PyTorch, any device.
+Reference: `reference.phi_*` of `reference.compressed_blocks`. Plain PyTorch, any device.
 
 A block of l = r d tokens is r neighbouring *segments* of d tokens. The segments are gathered once, the only copy of x;
 overlapping blocks are never written out. A first layer W1 concat(block) is the sum over i of W1's i-th column slice
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nsa_train.ops.documents import compressed_lengths
 from nsa_train.ops.reference import NSASpec
 
 
@@ -45,7 +46,7 @@ class Segments:
         rows = T // d
         start = cu_seqlens[:-1].long()
         lengths = cu_seqlens.diff().long()
-        blocks = torch.where(lengths >= l, (lengths - l) // d + 1, 0)  # of each document
+        blocks = compressed_lengths(cu_seqlens, spec).long()  # of each document
         segments = torch.where(blocks > 0, lengths // d, 0)
         block_end, segment_end = blocks.cumsum(0), segments.cumsum(0)
         first_block, first_segment = block_end - blocks, segment_end - segments

@@ -21,11 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_train.ops.documents import Documents
+from nsa_train.ops.documents import TOKEN_TILE, Documents
 from nsa_train.ops.reference import NSASpec
-from nsa_train.ops.tiles import LOG2E, power_of_two, split_width
+from nsa_train.ops.rows import head_sizes, load_rows, store_rows, token_piece
+from nsa_train.ops.tiles import LOG2E, power_of_two
 
-TOKEN_TILE = 64  # tokens in a tile of the table; programs take pieces of it
 SUM_ROWS = 8  # keys that a program of the last sum owns
 CHUNKS = 32  # chunks of queries at most; partial sums take CHUNKS * C * Hk * (D + Dv) * 4 bytes (0.67 GB at T = 64k)
 SMALLEST_CHUNK = 256  # queries; shorter chunks cost more in sums than they gain in programs
@@ -35,35 +35,6 @@ SMALLEST_CHUNK = 256  # queries; shorter chunks cost more in sums than they gain
 def keys_seen(position, CMP_BLOCK: tl.constexpr, CMP_STRIDE: tl.constexpr):
     """How many compressed keys the token at `position` of its document sees: c d + l - 1 <= position."""
     return tl.maximum(position + 1 + CMP_STRIDE - CMP_BLOCK, 0) // CMP_STRIDE
-
-
-@triton.jit
-def load_rows(ptr, offset, ok, FIRST: tl.constexpr, WIDTH: tl.constexpr, END: tl.constexpr):
-    """Columns FIRST ... FIRST + WIDTH of the rows at `offset`; zeros where not ok and from column END on."""
-    column = FIRST + tl.arange(0, WIDTH)
-    mask = ok[:, None] if FIRST + WIDTH <= END else ok[:, None] & (column < END)[None, :]
-    return tl.load(ptr + offset[:, None] + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_rows(ptr, offset, x, ok, FIRST: tl.constexpr, WIDTH: tl.constexpr, END: tl.constexpr, ADD: tl.constexpr):
-    """Writes x to columns FIRST ... FIRST + WIDTH of the rows at `offset`, or adds it to what is there."""
-    column = FIRST + tl.arange(0, WIDTH)
-    mask = ok[:, None] & (column < END)[None, :]
-    at = ptr + offset[:, None] + column[None, :]
-    if ADD:
-        x += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(at, x.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def token_piece(table, M, piece, TOKENS: tl.constexpr, TABLE_TILE: tl.constexpr):
-    """(start, end, doc_start, doc_cmp) of piece `piece` of the table, TOKENS tokens at most; empty: start >= end."""
-    PER: tl.constexpr = TABLE_TILE // TOKENS
-    tile = table + piece // PER
-    start = tl.load(tile) + piece % PER * TOKENS
-    end = tl.minimum(start + TOKENS, tl.load(tile + M))
-    return start, end, tl.load(tile + 2 * M), tl.load(tile + 4 * M)
 
 
 @triton.jit
@@ -375,17 +346,12 @@ def query_chunk(T: int) -> int:
     return max(SMALLEST_CHUNK, power_of_two(triton.cdiv(T, CHUNKS)))
 
 
-def geometry(q: Tensor, k: Tensor, v: Tensor, spec: NSASpec, rows: int) -> dict[str, int]:
+def geometry(q: Tensor, v: Tensor, spec: NSASpec, rows: int) -> dict[str, int]:
     """Sizes that kernels are compiled for; TOKENS times HEADS rows of queries make a tile."""
-    Hq, D = q.shape[1:]
-    Hk, Dv = v.shape[1:]
-    D1, D2 = split_width(D)
-    heads = power_of_two(Hq // Hk)
-    return {
-        "Hk": Hk, "G": Hq // Hk, "D": D, "DV": Dv, "D1": D1, "D2": D2, "V1": power_of_two(Dv, 16),
-        "CMP_BLOCK": spec.cmp_block, "CMP_STRIDE": spec.cmp_stride,
-        "TOKENS": min(max(rows // heads, 16 // heads, 1), TOKEN_TILE), "HEADS": heads,
-    }  # fmt: skip
+    sizes = head_sizes(q, v)
+    heads = sizes["HEADS"]
+    tokens = min(max(rows // heads, 16 // heads, 1), TOKEN_TILE)
+    return {**sizes, "CMP_BLOCK": spec.cmp_block, "CMP_STRIDE": spec.cmp_stride, "TOKENS": tokens}
 
 
 def forward(
@@ -403,7 +369,7 @@ def forward(
     lse = torch.empty(T, Hq, dtype=torch.float32, device=q.device)
     table = documents.token_tiles(TOKEN_TILE)
     tiles = tiles_for(q, v)
-    sizes = geometry(q, k, v, spec, tiles.rows)
+    sizes = geometry(q, v, spec, tiles.rows)
     _compressed_fwd[(table.shape[1] * (TOKEN_TILE // sizes["TOKENS"]), Hk)](
         q, k, v, o, lse, table, table.shape[1], scale * LOG2E,
         **sizes, TABLE_TILE=TOKEN_TILE, KEYS=tiles.keys, num_warps=tiles.warps, num_stages=tiles.stages,
@@ -427,13 +393,13 @@ def backward(
     Hk = v.shape[1]
     table = documents.token_tiles(TOKEN_TILE)
     tiles = tiles_for(q, v)
-    sizes = geometry(q, k, v, spec, tiles.rows)
+    sizes = geometry(q, v, spec, tiles.rows)
     _compressed_dq[(table.shape[1] * (TOKEN_TILE // sizes["TOKENS"]), Hk)](
         q, k, v, do, lse, delta, dq, table, table.shape[1], scale * LOG2E, scale,
         **sizes, TABLE_TILE=TOKEN_TILE, KEYS=tiles.keys, ADD=accumulate,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    sizes = geometry(q, k, v, spec, tiles.dkv_rows)
+    sizes = geometry(q, v, spec, tiles.dkv_rows)
     table = documents.key_tiles(tiles.dkv_keys)
     chunk = max(query_chunk(len(q)), sizes["TOKENS"])
     partial = torch.empty(

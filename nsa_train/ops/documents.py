@@ -14,7 +14,14 @@ from torch import Tensor
 
 from nsa_train.ops.reference import NSASpec
 
+TOKEN_TILE = 64  # tokens in a tile of the table that forward and dQ kernels take pieces of
 COLUMNS = 6  # start, end, doc_start, doc_end, doc_cmp, doc_tile
+
+
+@triton.jit
+def _keys_of(length, CMP_BLOCK: tl.constexpr, CMP_STRIDE: tl.constexpr):
+    """Compressed keys of documents of `length` tokens; `compressed_lengths` in a kernel."""
+    return tl.where(length >= CMP_BLOCK, (length - CMP_BLOCK) // CMP_STRIDE + 1, 0)
 
 
 @triton.jit
@@ -31,14 +38,14 @@ def _tile_table(
         before = at + i < doc
         begin = tl.load(cu_seqlens + at + i, mask=before, other=0)
         length = tl.load(cu_seqlens + at + i + 1, mask=before, other=0) - begin
-        keys = tl.where(length >= CMP_BLOCK, (length - CMP_BLOCK) // CMP_STRIDE + 1, 0)
+        keys = _keys_of(length, CMP_BLOCK, CMP_STRIDE)
         doc_cmp += tl.sum(keys, 0)
         first += tl.sum(((keys if OF_KEYS else length) + SIZE - 1) // SIZE, 0)
     if doc < N:
         doc_start = tl.load(cu_seqlens + doc)
         doc_end = tl.load(cu_seqlens + doc + 1)
         length = doc_end - doc_start
-        keys = tl.where(length >= CMP_BLOCK, (length - CMP_BLOCK) // CMP_STRIDE + 1, 0)
+        keys = _keys_of(length, CMP_BLOCK, CMP_STRIDE)
         origin = doc_cmp if OF_KEYS else doc_start
         rows = keys if OF_KEYS else length
         for at in range(0, (rows + SIZE - 1) // SIZE, BLOCK):
@@ -58,6 +65,12 @@ def _tile_table(
                 tl.store(table + column * M + at + i, 0 * i, mask=at + i < M)
 
 
+def compressed_lengths(cu_seqlens: Tensor, spec: NSASpec) -> Tensor:
+    """Compressed keys of each document, int32 [N]: (L - l) // d + 1 where L >= l, else 0."""
+    lengths = cu_seqlens.diff()
+    return torch.where(lengths >= spec.cmp_block, (lengths - spec.cmp_block) // spec.cmp_stride + 1, 0).to(torch.int32)
+
+
 class Documents:
     """The documents of a packed sequence as kernels read them.
 
@@ -71,6 +84,10 @@ class Documents:
     def __init__(self, cu_seqlens: Tensor, T: int, spec: NSASpec) -> None:
         self.cu_seqlens, self.tokens, self.spec = cu_seqlens, T, spec
         self._tables: dict[tuple[int, bool], Tensor] = {}
+
+    def compressed_keys(self) -> Tensor:
+        """Compressed keys of all documents, a number on the device."""
+        return compressed_lengths(self.cu_seqlens, self.spec).sum()
 
     def token_tiles(self, size: int) -> Tensor:
         """Tiles of `size` tokens; M = T // size + N."""

@@ -7,22 +7,21 @@ Dimension letters and equations: `nsa_train.ops.reference`.
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
+from nsa_train.ops.documents import compressed_lengths
+from nsa_train.ops.nsa_triton import nsa_forward
 from nsa_train.ops.reference import NSADetails, NSASpec, nsa_reference
+from nsa_train.ops.tiles import INTERPRETED
 
 __all__ = ["NSADetails", "NSASpec", "compressed_lengths", "nsa_attention"]
 
 Backend = Literal["auto", "reference", "triton"]
-
-
-def compressed_lengths(cu_seqlens: Tensor, spec: NSASpec) -> Tensor:
-    """Compressed keys of each document, int32 [N]: (L - l) // d + 1 where L >= l, else 0."""
-    lengths = cu_seqlens.diff()
-    return torch.where(lengths >= spec.cmp_block, (lengths - spec.cmp_block) // spec.cmp_stride + 1, 0).to(torch.int32)
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @overload
@@ -52,18 +51,38 @@ def nsa_attention(
     cu_seqlens    [N + 1]      int32        document bounds 0 ... T on q's device; equal bounds: empty documents
     scale                                   default D**-0.5
     blocks        [T, Hk, n]   int32        use these instead of selecting: ascending, own block among them, -1 last
-    gives         [T, Hq, Dv]  dtype of q, and NSADetails with `return_details`
+    backend                                 "reference": plain PyTorch, any dtype, O(L^2) memory, checks cu_seqlens;
+                                            "triton": the kernels, gates >= 0, on a CPU only in Triton's interpreter;
+                                            "auto": the kernels for bf16, fp16 and fp32 on a GPU, else the reference
+    gives         [T, Hq, Dv]  dtype of q, and NSADetails with `return_details` (of the kernels: without gradient)
 
-    Raises ValueError for shapes that do not fit together and for a backend that is not there.
+    Raises ValueError for shapes that do not fit together and for a backend that cannot run.
     """
-    if backend not in ("auto", "reference"):
-        raise ValueError(f"backend={backend!r} is not available in this version; use 'auto' or 'reference'")
     _check_shapes(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, spec, cu_seqlens, blocks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o, details = nsa_reference(
-        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, spec, cu_seqlens, scale, blocks
-    )  # fmt: skip
-    return (o, details) if return_details else o
+    if _backend(backend, q) == "reference":
+        o, details = nsa_reference(
+            q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, spec, cu_seqlens, scale, blocks
+        )  # fmt: skip
+        return (o, details) if return_details else o
+    tensors = (x.contiguous() for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, cu_seqlens))
+    o, *found = nsa_forward(*tensors, blocks, list(astuple(spec)), scale)
+    return (o, NSADetails(*(x.detach() for x in found[:4]))) if return_details else o
+
+
+def _backend(backend: str, q: Tensor) -> str:
+    if backend == "auto":
+        return "triton" if q.is_cuda and q.dtype in KERNEL_DTYPES else "reference"
+    if backend not in ("reference", "triton"):
+        raise ValueError(f"backend={backend!r} must be 'auto', 'reference' or 'triton'")
+    if backend == "triton" and q.dtype not in KERNEL_DTYPES:
+        raise ValueError(f"backend='triton' takes bf16, fp16 and fp32, not {q.dtype}; use 'reference'")
+    if backend == "triton" and not q.is_cuda and not INTERPRETED:
+        raise ValueError(
+            f"backend='triton' needs CUDA tensors, q is on {q.device}; on a CPU it works only in Triton's interpreter "
+            "(TRITON_INTERPRET=1 in the environment); use 'auto' or 'reference'"
+        )
+    return backend
 
 
 def _check_shapes(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, spec, cu_seqlens, blocks) -> None:

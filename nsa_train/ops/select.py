@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_train.ops.compressed import TOKEN_TILE, keys_seen, load_rows, token_piece
-from nsa_train.ops.documents import Documents
+from nsa_train.ops.compressed import keys_seen
+from nsa_train.ops.documents import TOKEN_TILE, Documents
 from nsa_train.ops.reference import NSASpec
+from nsa_train.ops.rows import load_rows, token_piece
 from nsa_train.ops.tiles import LOG2E, power_of_two, split_width
 
 SCRATCH_BYTES = 2**28  # 8192 tokens of 64k at Hk = 4

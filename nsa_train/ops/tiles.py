@@ -8,11 +8,7 @@ import torch
 import triton
 
 LOG2E = 1.4426950408889634  # kernels work with exp2; log-sum-exps between them are in base 2
-
-
-def interpreted() -> bool:
-    """Triton's interpreter runs the kernels, on CPU tensors."""
-    return triton.knobs.runtime.interpret
+INTERPRETED: bool = triton.knobs.runtime.interpret  # Triton's interpreter runs the kernels, on CPU tensors
 
 
 @functools.cache

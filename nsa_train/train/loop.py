@@ -122,6 +122,8 @@ class _Run:
         self.common_weights = _weights_hash(self.model)
         self.parameters = count_parameters(self.model)
         self.model.recompute_activations(trainer.activation_checkpointing)
+        if trainer.compile:
+            self.model.compile_attention()
         self.model.to(self.device)
         sections = {name: to_tree(config)[name] for name in ("model", "attention", "moe", "optim")}
         self.identity = checkpoint.identity_of(self.model, sections)

@@ -9,7 +9,7 @@ import torch
 
 from nsa_train.config.load import load_config
 from nsa_train.model.transformer import Transformer
-from nsa_train.ops.dense import backend_for, dense_attention
+from nsa_train.ops.dense import choose_backend, dense_attention
 from nsa_train.ops.experts import grouped_matmul, matmul_loop
 from nsa_train.ops.nsa import NSASpec, compressed_lengths, nsa_attention
 from nsa_train.ops.reference import attend, win_visible
@@ -41,12 +41,17 @@ def test_grouped_matmul_equals_the_loop_also_for_experts_without_tokens(counts):
 
 @pytest.mark.parametrize(("heads", "dims"), [((16, 1), (64, 64)), ((32, 2), (192, 128)), ((4, 2), (32, 32))])
 @pytest.mark.parametrize("window", [None, 100])
-def test_dense_attention_with_its_forced_backend_equals_the_masked_softmax(heads, dims, window):
-    lengths = (300, 64, 1, 147)
+@pytest.mark.parametrize("lengths", [(300, 64, 1, 147), (512,)], ids=str)
+@pytest.mark.parametrize("backend", [None, "cudnn", "flash", "varlen"])
+def test_dense_attention_equals_the_masked_softmax_on_every_backend(heads, dims, window, lengths, backend):
+    if (backend is not None and window and backend != "varlen") or (
+        backend in ("flash", "varlen") and dims[0] != dims[1]
+    ):
+        pytest.skip("this backend does not take it")
     shapes = [(heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1])]
     q, k, v = (torch.randn(512, h, d, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h, d in shapes)
-    assert backend_for(q, v, window) is not None
-    got = dense_attention(q, k, v, lengths, window=window)
+    assert choose_backend(q, v, lengths, window) != "torch"
+    got = dense_attention(q, k, v, lengths, window=window, backend=backend)
     want = torch.cat(
         [
             attend(a, b, c, win_visible(len(a), window or len(a), a.device), dims[0] ** -0.5)[0]

@@ -18,7 +18,7 @@ MOE = MoEConfig(
 )  # fmt: skip
 NSA = AttentionConfig(
     branches=("cmp", "slc", "win"), gate=True, phi="mlp", shared_kv=False, selection="topn", cmp_block=4, cmp_stride=2,
-    slc_block=4, slc_count=4, slc_init=1, slc_local=2, window=5,
+    slc_block=4, slc_count=4, slc_init=1, slc_local=2, window=5, backend="auto",
 )  # fmt: skip
 LENGTHS = (19, 3, 26)
 

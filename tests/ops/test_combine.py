@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from helpers import assert_close
 
 from nsa_train.ops import combine
 from nsa_train.ops.reference import gated_sum
-from tests.helpers import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

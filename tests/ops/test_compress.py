@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from helpers import assert_close
 
 from nsa_train.ops import reference
 from nsa_train.ops.compress import KINDS, Segments, compress
 from nsa_train.ops.reference import NSASpec, compressed_length
 from nsa_train.packing import Packing
-from tests.helpers import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PHI = {

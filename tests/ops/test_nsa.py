@@ -82,10 +82,20 @@ def test_query_heads_must_be_a_multiple_of_kv_heads():
         nsa_attention(**packed_case([11], Hq=3, Hk=2))
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_a_backend_that_is_not_there_is_refused(backend):
-    with pytest.raises(ValueError, match=f"backend='{backend}'.*use 'auto' or 'reference'"):
-        nsa_attention(**packed_case([11]), backend=backend)
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="backend='cuda' must be 'auto', 'reference' or 'triton'"):
+        nsa_attention(**packed_case([11]), backend="cuda")
+
+
+def test_the_kernels_refuse_fp64():
+    with pytest.raises(ValueError, match=r"backend='triton' takes bf16, fp16 and fp32, not torch.float64"):
+        nsa_attention(**packed_case([11]), backend="triton")
+
+
+def test_the_kernels_on_a_cpu_say_that_they_need_the_interpreter(monkeypatch):
+    monkeypatch.setattr("nsa_train.ops.nsa.INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"needs CUDA tensors, q is on cpu.*TRITON_INTERPRET=1"):
+        nsa_attention(**packed_case([11], dtype=torch.float32), backend="triton")
 
 
 def test_reference_is_what_auto_runs_on_a_cpu():

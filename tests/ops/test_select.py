@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from compressed_cases import DEVICE, inputs, no_memory_is_clean  # noqa: F401
 from helpers import assert_close, slices
-from test_compressed import DEVICE, inputs, no_memory_is_clean  # noqa: F401
 
 from nsa_train.ops import reference, select
 from nsa_train.ops.compressed import forward
 from nsa_train.ops.documents import Documents
 from nsa_train.ops.nsa import NSASpec
 from nsa_train.packing import Packing
+
+pytestmark = pytest.mark.usefixtures("no_memory_is_clean")
 
 SPEC = NSASpec(cmp_block=4, cmp_stride=2, slc_block=4, slc_count=4, slc_init=1, slc_local=1)
 SPECS = [

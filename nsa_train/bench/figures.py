@@ -1,0 +1,50 @@
+"""Figures made from results: time and speed-up of attention against sequence length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def totals(
+    rows: list[dict[str, Any]], widths: tuple[int, int], part: str, docs: int
+) -> dict[tuple[str, str], dict[int, float]]:
+    """Forward + backward ms of `docs` documents by T: {(impl, indices): {T: ms}}; lengths with both passes only."""
+    found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    for row in rows:
+        if "ms" in row and row["part"] == part and row["docs"] == docs and (row["d_qk"], row["d_v"]) == widths:
+            by_length = found.setdefault((row["impl"], row["indices"] or ""), {})
+            by_length.setdefault(row["T"], {})[row["pass"]] = row["ms"]
+    return {
+        key: {T: sum(ms.values()) for T, ms in sorted(by_length.items()) if len(ms) == 2}
+        for key, by_length in found.items()
+    }
+
+
+def plot_attention(result: dict[str, Any], path: Path, widths: tuple[int, int] = (192, 128)) -> None:
+    """Left: forward + backward ms against T. Right: the fastest dense kernel's time over ours."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ours = {f"NSA, {indices} blocks": ms for (_, indices), ms in totals(result["rows"], widths, "op", 1).items()}
+    dense = {impl: ms for (impl, _), ms in totals(result["rows"], widths, "dense", 1).items()}
+    figure, (time, speed) = plt.subplots(1, 2, figsize=(10, 4), dpi=110)
+    for name, ms in {**ours, **dense}.items():
+        time.plot(ms.keys(), ms.values(), marker="o", ls="-" if name in ours else "--", label=name)
+    for name, ms in ours.items():
+        best = {T: min(d[T] for d in dense.values() if T in d) for T in ms if any(T in d for d in dense.values())}
+        speed.plot(best.keys(), [best[T] / ms[T] for T in best], marker="o", label=name)
+    speed.axhline(1, color="gray", lw=1)
+    for axes, label in ((time, "forward + backward, ms"), (speed, "times faster than the fastest dense kernel")):
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="tokens of one document", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    time.set_yscale("log")
+    device = result["device"]["name"]
+    figure.suptitle(f"{device}, bf16, 64 query and 4 KV heads, {widths[0]}/{widths[1]}, commit {result['commit']:.7}")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
