@@ -20,6 +20,7 @@ from nsa_train.errors import DataError
 # Codec tables, the bundled pip, and the programs and grammar tools that nobody imports.
 NOT_CORPUS = {"encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "turtledemo"}
 TEST_FOLDERS = {"test", "tests"}
+NAMED = ("hub", "recall")  # kinds whose paths are names, of data sets, which may also be folders here, or of splits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +61,10 @@ def input_stats(data: DataConfig) -> list[tuple[str, int, int]]:
         paths = (*source.heldout_paths, *(() if source.kind == "stdlib" else source.paths))
         if source.kind == "tree":
             files = [file for path in paths for file in tree_files(source, path)]
-        else:  # a data set of the hub has files here only where it is a folder under root
-            here = source.kind != "hub"
-            files = input_files(source.root, [path for path in paths if here or (Path(source.root) / path).exists()])
+        else:
+            if source.kind in NAMED:
+                paths = tuple(path for path in paths if (Path(source.root) / path).is_dir())
+            files = input_files(source.root, paths)
         for file in files:
             stat = file.stat()
             found.append((str(file.relative_to(source.root)), stat.st_size, stat.st_mtime_ns))
