@@ -23,18 +23,8 @@ from nsa_train.errors import ConfigError
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 FILLED_BY_LOADER = ("experiment", "arm")
 GROUPS = (
-    "model",
-    "attention",
-    "moe",
-    "data",
-    "optim",
-    "schedule",
-    "parallel",
-    "trainer",
-    "stages",
-    "logging",
-    "experiment",
-)
+    "model", "attention", "moe", "data", "optim", "schedule", "parallel", "trainer", "stages", "logging", "experiment",
+)  # fmt: skip
 
 
 def load_config(overrides: Sequence[str] = ()) -> schema.Config:
@@ -130,7 +120,7 @@ def _did_you_mean(word: str, known: Sequence[str]) -> str:
 def _build(cls: type, tree: Any, place: str, problems: list[str]) -> Any:
     """An instance of the dataclass `cls`; what does not fit is appended to `problems`."""
     if not isinstance(tree, dict):
-        problems.append(f"{place or 'the configuration'}={tree!r} must be a group of keys")
+        problems.append(f"{place.rstrip('.') or 'the configuration'}={tree!r} must be a group of keys")
         return None
     hints = typing.get_type_hints(cls)
     for key in tree:
@@ -169,11 +159,16 @@ def _build_entries(cls: type, key: str, tree: dict[str, Any], place: str, proble
     if not isinstance(table, dict):
         problems.append(f"{place}{key}={table!r} must be a table of names")
         return {"": None}
-    common = {name: tree[name] for name in typing.get_type_hints(cls) if name in tree}
-    return {
-        name: _build(cls, common | entry if isinstance(entry, dict) else entry, f"{place}{key}.{name}.", problems)
-        for name, entry in table.items()
-    }
+    known, entries = typing.get_type_hints(cls), {}
+    common = {name: tree[name] for name in known if name in tree}
+    for name, entry in table.items():
+        inside = f"{place}{key}.{name}."
+        if isinstance(entry, dict):
+            shared = [word for word in entry if word in tree and word not in known]
+            problems += [f"{inside}{word}: all of {place}{key} share one; set {place}{word}" for word in shared]
+            entry = common | {word: value for word, value in entry.items() if word not in shared}
+        entries[name] = _build(cls, entry, inside, problems)
+    return entries
 
 
 def _convert(kind: Any, value: Any) -> Any:

@@ -41,9 +41,7 @@ class ModelConfig:
     dense_layers: int  # first layers whose MLP is dense; the others are mixtures of experts
     max_seq_len: int  # longest row the positions are meant for
     rope_theta: float
-    rope_factor: (
-        float  # YaRN: positions stretched for rows so many times rope_trained_len; 1: none; a stage sets its own
-    )
+    rope_factor: float  # YaRN: stretches positions for rows so many times rope_trained_len; 1: none
     rope_trained_len: int  # tokens of the rows that the positions are trained at before they are stretched
     norm_eps: float
     tied_embeddings: bool
@@ -155,8 +153,8 @@ class SourceConfig:
     take: int | None  # hub: the first so many records; null: all; recall: so many documents
 
     def problems(self) -> list[str]:
-        found = [f"{key}={getattr(self, key)} must not be negative" for key in ("min_chars", "max_chars", "depth")
-                 if (getattr(self, key) or 0) < 0]  # fmt: skip
+        sizes = {key: getattr(self, key) for key in ("min_chars", "max_chars", "depth")}
+        found = [f"{key}={size} must not be negative" for key, size in sizes.items() if size is not None and size < 0]
         if self.kind != "stdlib" and not self.paths:
             found.append("paths is empty; name files or folders under data.root, like data.paths=[books.jsonl.zst]")
         if not self.heldout_paths and not 0 < self.heldout_share < 1:

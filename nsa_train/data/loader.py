@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +16,7 @@ import torch
 from nsa_train import runtime
 from nsa_train.config.schema import DataConfig
 from nsa_train.data.mixture import EVERYTHING, Mixture, Stream, groups_of
-from nsa_train.data.pack import Plan, Stretches, aligned, documents_in_row, make_plan
+from nsa_train.data.pack import PACKING_KEYS, Plan, Stretches, aligned, documents_in_row, make_plan
 from nsa_train.data.stages import Stage
 from nsa_train.data.store import TokenStore
 from nsa_train.errors import ConfigError, DataError
@@ -26,8 +25,6 @@ from nsa_train.packing import Packing
 NO_LABEL = -100
 PADDING_TOKEN = 0
 NO_SOURCE = -1
-UNUSED = 3  # references to a block that only the loader's list holds, as seen while looking at it
-PACKING_KEYS = ("packing", "max_documents", "align", "long_copies")  # of `data`; with the stages they decide the rows
 
 
 class Row(NamedTuple):
@@ -83,7 +80,6 @@ class Loader:
         self.stages = tuple(s if self._training else dataclasses.replace(s, mixture={}) for s in stages)
         self._names: list[str] = store.manifest["sources"]
         self._count = np.arange(max(stage.seq_len for stage in stages), dtype=np.int32)
-        self._blocks: list[np.ndarray] = []
         self._mixture = lru_cache(maxsize=None)(self._make_mixture)
         facts = [(s.first_step, s.seq_len, s.batch_rows, sorted(s.mixture.items())) for s in self.stages]
         identity = [store.hash, store.split, facts, [getattr(data, key) for key in PACKING_KEYS], seed]
@@ -248,7 +244,8 @@ class Loader:
 
     def _batch(self, rows: list[Row]) -> Batch:
         store, seq_len, align = self._store, rows[0].plan.seq_len, rows[0].plan.align
-        tokens, labels, sources, places = self._blank(len(rows) * seq_len)
+        kinds = (np.int64, np.int64, np.int32, np.int32)
+        tokens, labels, sources, places = (np.empty(len(rows) * seq_len, kind) for kind in kinds)
         lengths: list[int] = []  # of the documents as the model sees them, padding included
         for number, row in enumerate(rows):
             at, end = number * seq_len, (number + 1) * seq_len
@@ -271,20 +268,6 @@ class Loader:
         packing = Packing.from_lengths(lengths, documents=len(rows) * (limit + 1))
         tokens, labels, sources, places = map(torch.from_numpy, (tokens, labels, sources, places))
         return Batch(tokens, labels, packing, sources, places)
-
-    def _blank(self, size: int) -> tuple[np.ndarray, ...]:
-        """Arrays for tokens, labels, sources and places, in memory that an earlier batch had if nobody holds that one.
-
-        Fresh memory comes from the system page by page, which takes longer than filling it.
-        """
-        free = [block for block in self._blocks if len(block) == 3 * size and sys.getrefcount(block) == UNUSED]
-        if free:
-            block = free[0]
-        else:
-            block = np.empty(3 * size, np.int64)
-            self._blocks = [*self._blocks[-1:], block]
-        small = block[2 * size :].view(np.int32)
-        return block[:size], block[size : 2 * size], small[:size], small[size:]
 
 
 def _pad(hole: slice, tokens: np.ndarray, labels: np.ndarray, sources: np.ndarray, places: np.ndarray) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 Kind = Literal["best_fit", "concat", "long"]
+PACKING_KEYS = ("packing", "max_documents", "align", "long_copies")  # of `data`: with a row's length they decide a plan
 REFERENCE_ROW_TOKENS = 8192  # the row that `data.max_documents` speaks of
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from nsa_train import runtime
 from nsa_train.config.schema import DataConfig
 from nsa_train.data import shards
+from nsa_train.data.pack import PACKING_KEYS
 from nsa_train.data.progress import Meter
 from nsa_train.data.selection import DROPPED, SPLITS, Selection, Split, chosen, select
 from nsa_train.data.sources import input_stats
@@ -30,8 +31,7 @@ from nsa_train.errors import DataError, Interrupted, StorageError
 WAIT_S = 0.2
 MOST_WORKERS = 16  # unless more are asked for: one process reads for all of them, 50 to 150 MB/s
 SAMPLE_SEED = 0  # of the tokenizer's lines: runs of different seeds share one corpus
-PACKING = ("packing", "max_documents", "align", "long_copies", "mixture")
-NOT_IN_KEY = ("prepared_dir", "workers", *PACKING)  # where and how fast, and what the loader does with it
+NOT_IN_KEY = ("prepared_dir", "workers", "mixture", *PACKING_KEYS)  # where, how fast, and what the loader does
 
 
 def prepare(data: DataConfig, vocab: int, progress: Callable[[str], None]) -> Path:

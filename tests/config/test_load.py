@@ -228,8 +228,12 @@ def test_sources_take_from_their_neighbours_what_they_do_not_say():
         (["data.sources.one.path=[a]"], "data.sources.one.path: no such key; did you mean paths?"),
         (["data.sources.one={kind: files}"], "data.sources.one.paths is empty"),
         (["data.sources.one.kind=tarball"], "data.sources.one.kind='tarball' must be one of stdlib, files, tree, tar"),
-        (["data.sources.one=5"], "data.sources.one.=5 must be a group of keys"),
+        (["data.sources.one=5"], "data.sources.one=5 must be a group of keys"),
         (["data.sources=5"], "data.sources=5 must be a table of names"),
+        (
+            ["data.sources={one: {tokenizer: a.model}, two: {tokenizer: b.model}}"],
+            "data.sources.two.tokenizer: all of data.sources share one; set data.tokenizer",
+        ),
         (["data=files", "data.sources.one.paths=[../x]"], "data.sources.one.paths: ../x leaves data.root=."),
         (["data=files", "data.sources={a/b: {paths: [x]}}"], "data.sources='a/b' may hold letters"),
         (["data.languages=[en]"], "data.languages=['en'] needs records, which kind=stdlib has not"),

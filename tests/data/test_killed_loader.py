@@ -48,8 +48,8 @@ def test_killed_and_resumed_twice_with_other_processes_it_reads_the_batches_of_a
     assert run(whole, 1, STEPS) == [0]
     assert run(broken, 2, 6, "--die") == [-9, -9]  # saved at 4
     assert run(broken, 3, 15, "--die") == [-9, -9, -9]  # saved at 12, behind the change of stage at 9
-    assert run(broken, 6, STEPS) == [0] * 6
-    undisturbed, resumed = global_batches(whole, [1]), global_batches(broken, [2, 3, 6])
+    assert run(broken, 1, STEPS) == [0]
+    undisturbed, resumed = global_batches(whole, [1]), global_batches(broken, [2, 3, 1])
     assert [len(undisturbed[step]) for step in range(STEPS)] == [12] * 9 + [6] * 8
     assert len({digest for digests in undisturbed.values() for digest in digests}) > 120
     assert resumed == undisturbed

@@ -257,16 +257,6 @@ def test_padding_behind_a_document_has_no_label_and_no_source(store):
     assert labels == loader.label_tokens(0)
 
 
-def test_a_batch_that_somebody_holds_never_changes(loader):
-    held = [(batch, batch.tokens.clone()) for step in range(20) for batch in loader.micro_batches(step, 0, 1, 4)]
-    assert all(torch.equal(batch.tokens, before) for batch, before in held)
-
-
-def test_memory_of_a_batch_that_nobody_holds_is_used_again(loader):
-    addresses = [batch.tokens.data_ptr() for step in range(20) for batch in loader.micro_batches(step, 0, 1, 4)]
-    assert len(set(addresses)) <= 2
-
-
 # Ranks ----------------------------------------------------------------------------------------------------------------
 
 
@@ -281,27 +271,3 @@ def test_rows_are_dealt_so_that_the_work_of_ranks_and_micro_batches_is_alike():
     assert max(dealt) / np.mean(dealt) < 1.1 < 1.2 < max(in_order) / np.mean(in_order)
     rounds = [[costs[hand[k]] for hand in hands] for k in range(8)]
     assert all(min(before) >= max(after) for before, after in pairwise(rounds))
-
-
-# A document of ten million tokens -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("packing", ["best_fit", "concat", "long"])
-def test_a_document_of_ten_million_tokens_is_read_once_at_its_true_places(packing, tmp_path):
-    lengths = np.array([700, 10_000_000, 40_000, 3])
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    content = (np.arange(offsets[-1]) * 7919 % 65_000).astype(np.uint16)
-    store = TokenStore(tmp_path, "train", {"hash": "x", "sources": ["one"]}, content, offsets, np.zeros(4, np.int32))
-    loader = make_loader(store, seq_len=65536, batch_rows=1, packing=packing, align=64, max_documents=64)
-    rows, seen = loader.streams(0)[0].left.rows, np.zeros(10_000_000, bool)
-    for step in range(rows):
-        (batch,) = loader.micro_batches(step, 0, 1, 1)
-        tokens, places = batch.tokens.numpy(), batch.places.numpy()
-        wanted = (places.astype(np.int64) + 700) * 7919 % 65_000
-        mine = (tokens == wanted) & (batch.sources != NO_SOURCE).numpy()
-        seen[places[mine]] = True
-        if mine.sum() > 1000:
-            assert len(batch.packing.lengths) <= 5
-    assert seen.all()
-    assert rows <= 156
-    assert set(loader.epochs(rows).values()) == {1.0}

@@ -205,20 +205,6 @@ def test_ctrl_c_says_how_to_go_on(corpus):
         prepare(corpus, VOCAB, interrupt)
 
 
-def test_a_document_of_ten_million_tokens_comes_through_in_pieces(data_config, module_texts, tmp_path):
-    text = "".join(module_texts.values())
-    text = "".join(f"# copy {i}\n{text}" for i in range(230))
-    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    (tmp_path / "held.txt").write_text(module_texts["abc"])
-    data = data_config(heldout_paths=("held.txt",), workers=2, tokenizer_sample_mb=1)
-    store = TokenStore.open(prepare(data, VOCAB, print), "train")
-    (length,) = store.lengths
-    assert length > 10_000_000
-    ids = Tokenizer.load(store.tokenizer).encode(text)
-    assert np.array_equal(store.tokens[:-1], ids)
-    assert store.manifest["train"]["longest"] == length
-
-
 def test_a_corpus_with_a_hugging_face_tokenizer_decodes_to_its_text(corpus, module_texts, tmp_path):
     from tokenizers import ByteLevelBPETokenizer
 
