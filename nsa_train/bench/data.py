@@ -20,12 +20,11 @@ from nsa_train.data.loader import Loader
 from nsa_train.data.pack import Stretches, documents_in_row, make_plan
 from nsa_train.data.prepare import prepare
 from nsa_train.data.stages import Stage
+from nsa_train.data.statistics import ALIGN, LONG_TOKENS
 from nsa_train.data.store import TokenStore
 from nsa_train.data.tokenizer import Tokenizer
 
 Row = dict[str, Any]
-ROW_TOKENS = (8192, 32768, 65536)
-ALIGN = 64
 TOKENIZED_TOKENS = 2_000_000  # at most
 TAIL, TAIL_FROM, TAIL_TO, TAIL_POWER = 0.022, 8192, 1_130_000, 0.925  # of realistic_lengths
 
@@ -62,7 +61,7 @@ def planning(config: Config, documents: int) -> list[Row]:
     """Seconds of one plan and how full its rows are, before and with alignment."""
     stretches = Stretches.whole(realistic_lengths(documents))
     rows = []
-    for seq_len in ROW_TOKENS:
+    for seq_len in LONG_TOKENS:
         limit = documents_in_row(config.data.max_documents, seq_len)
         for kind in ("best_fit", "concat", "long"):
             what = f"plan {documents:,} documents, {kind}, rows of {seq_len}"
@@ -87,7 +86,7 @@ def reading(config: Config, tokens: int) -> list[Row]:
         store = TokenStore(path.parent, "train", manifest, content, offsets, np.zeros(len(lengths), np.int32))
         for align in (1, ALIGN):
             data = dataclasses.replace(config.data, packing="best_fit", align=align, mixture={})
-            for seq_len in ROW_TOKENS:
+            for seq_len in LONG_TOKENS:
                 loader = Loader(store, [Stage("all", 0, seq_len, 1, {}, 1.0)], data, seed=0)
                 places = int(0.9 * tokens) // seq_len * seq_len
                 _read(loader, places // 4 // seq_len)  # fills the page cache and makes the plan

@@ -23,7 +23,7 @@ from nsa_train.data.pack import PACKING_KEYS
 from nsa_train.data.progress import Meter
 from nsa_train.data.selection import DROPPED, SPLITS, Selection, Split, chosen, select
 from nsa_train.data.sources import input_stats
-from nsa_train.data.statistics import plot_lengths, source_numbers, split_numbers, unigram_entropy
+from nsa_train.data.statistics import packing_numbers, plot_lengths, source_numbers, split_numbers, unigram_entropy
 from nsa_train.data.store import FIGURE, MANIFEST, SCHEMA, SPLIT_FILES, corpus_hash, read_manifest, sha256_of
 from nsa_train.data.tokenizer import Tokenizer, train_tokenizer
 from nsa_train.errors import DataError, Interrupted, StorageError
@@ -113,7 +113,7 @@ def _build(data: DataConfig, vocab: int, building: Path, progress: Callable[[str
     target = building / "corpus"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    manifest = _assemble(data, vocab, selection, tokenizer, dtype, files, target)
+    manifest = _assemble(data, vocab, selection, tokenizer, dtype, files, target, cost)
     facts = cost.facts(time.monotonic() - started)
     (target / "preparation.json").write_text(json.dumps(facts, indent=1) + "\n")
     (target / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "utf-8")
@@ -164,10 +164,11 @@ def _tokenizer(
 
 
 class _Cost:
-    """What tokenising took; for people, so it stays out of the manifest."""
+    """What tokenising and packing took; for people, so it stays out of the manifest."""
 
     def __init__(self) -> None:
         self.tokens, self.cpu_s, self.peak_worker, self.workers, self.found = 0, 0.0, 0, 1, 0
+        self.packing_s: dict[str, float] = {}
 
     def add(self, work: shards.Work | None) -> None:
         if work is None:
@@ -183,6 +184,7 @@ class _Cost:
             "workers": self.workers,
             "shards_found": self.found,
             "tokens_per_core_s": round(self.tokens / self.cpu_s) if self.cpu_s else 0,
+            "packing_s": self.packing_s,
             "peak_mib": runtime.peak_resident_bytes() >> 20,
             "peak_worker_mib": self.peak_worker >> 20,
         }
@@ -209,7 +211,7 @@ def _tokenise(
 
 def _assemble(
     data: DataConfig, vocab: int, selection: Selection, tokenizer: Path, dtype: np.dtype,
-    files: dict[Split, list[Path]], target: Path,
+    files: dict[Split, list[Path]], target: Path, cost: _Cost,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything of the corpus but its manifest, which it gives."""
     for file in tokenizer.parent.iterdir():
@@ -234,6 +236,7 @@ def _assemble(
             **{key: sha256_of(target / split / name) for name, key in SPLIT_FILES.items()},
         }
         if split == "train":
+            numbers[split]["packing"], cost.packing_s = packing_numbers(lengths, data)
             plot_lengths(lengths, f"{data.name}: {len(lengths):,} documents, {offsets[-1]:,} tokens", target / FIGURE)
     manifest = {
         "schema": SCHEMA,

@@ -1,16 +1,20 @@
-"""What a manifest says about a split: how long its documents are, and how hard its tokens are to guess blindly."""
+"""What a manifest says about a split: how long its documents are, how full they make rows, how hard its tokens are."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nsa_train.config.schema import DataConfig
+from nsa_train.data.pack import Stretches, documents_in_row, make_plan
+
 PAST_TOKENS = (1024, 2048, 8192, 32768)
 LONG_TOKENS = (8192, 32768, 65536)
-CHUNK_TOKENS = 1 << 24
+ALIGN = 64  # a selection block of NSA's: what `data.align` would be for the kernels
 
 
 def split_numbers(lengths: np.ndarray, text_bytes: np.ndarray) -> dict[str, Any]:
@@ -58,6 +62,24 @@ def source_numbers(
     for pair, number in zip(pairs.tolist(), under.tolist(), strict=True):
         found[names[pair // kinds]]["licences"][licence_names[pair % kinds]] = number
     return found
+
+
+def packing_numbers(lengths: np.ndarray, data: DataConfig) -> tuple[dict[str, Any], dict[str, float]]:
+    """How full rows of 8k, 32k and 64k are without alignment and with it, and the processor's seconds of each plan."""
+    rows: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    for seq_len in LONG_TOKENS:
+        rules = seq_len, documents_in_row(data.max_documents, seq_len), data.packing
+        begin = time.process_time()
+        plan = make_plan(Stretches.whole(lengths), *rules)
+        seconds[str(seq_len)] = round(time.process_time() - begin, 4)
+        padded = make_plan(Stretches.whole(lengths), *rules, ALIGN)
+        rows[str(seq_len)] = {
+            "rows": plan.rows,
+            "utilisation": round(plan.utilisation, 6),
+            f"utilisation_align_{ALIGN}": round(padded.utilisation, 6),
+        }
+    return {"packing": data.packing, "max_documents": data.max_documents, "rows": rows}, seconds
 
 
 def unigram_entropy(train: np.ndarray, heldout: np.ndarray) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nsa_train.config.load import load_config
+from nsa_train.data.pack import Stretches, make_plan
 from nsa_train.data.prepare import prepare
 from nsa_train.data.selection import SPLITS, documents
 from nsa_train.data.store import TokenStore, corpus_hash, sha256_of
@@ -112,6 +113,21 @@ def test_the_manifest_counts_what_is_in_the_store(prepared):
         for key in ("documents", "tokens", "bytes"):
             assert sum(source[key] for source in numbers["sources"].values()) == numbers[key]
     assert set(manifest["train"]["sources"]) == {"long", "short"}
+
+
+def test_the_manifest_says_how_full_rows_of_64k_are_with_and_without_alignment(prepared):
+    """The corpus fills less than one of them: 10 documents, each padded to a multiple of 64."""
+    _, folder = prepared
+    lengths = TokenStore.open(folder, "train").lengths
+    packing = json.loads((folder / "manifest.json").read_text())["train"]["packing"]
+    assert (packing["packing"], packing["max_documents"], list(packing["rows"])) == (
+        "best_fit", 64, ["8192", "32768", "65536"],
+    )  # fmt: skip
+    assert packing["rows"]["65536"]["rows"] == 1
+    assert packing["rows"]["65536"]["utilisation"] == pytest.approx(lengths.sum() / 65536, abs=1e-6)
+    aligned = make_plan(Stretches.whole(lengths), 8192, 64, "best_fit", 64)
+    assert packing["rows"]["8192"]["utilisation_align_64"] == pytest.approx(aligned.utilisation, abs=1e-6)
+    assert set(json.loads((folder / "preparation.json").read_text())["packing_s"]) == set(packing["rows"])
 
 
 def test_unigram_entropy_is_what_a_direct_computation_gives(prepared):
