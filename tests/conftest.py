@@ -24,3 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for item in items:
                 if item.get_closest_marker("gpu"):
                     item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_make_parametrize_id(val, argname):
+    """Names of tests do not hold bytes: those of a gzip file tell the time."""
+    return argname if isinstance(val, bytes) else None

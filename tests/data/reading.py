@@ -1,20 +1,18 @@
-"""A run that only reads: one process per rank, as a program of its own.
+"""A run that only reads, as a process for each rank.
 
-    read_batches.py STORE RANK WORLD UNTIL [--die]
-
-Goes on from STORE/start.json, reads to step UNTIL and adds a line of digests per step to STORE/rank<RANK>of<WORLD>.txt;
-rank 0 saves its state in STORE/state.json every fourth step. With --die it kills itself at UNTIL, having read more
-than it saved.
+It goes on from start.json in its folder, adds a line of digests per step to a file for each rank, and saves its state
+in state.json every fourth step.
 """
 
 import hashlib
 import json
 import os
-import sys
+import shutil
 from pathlib import Path
 
 import numpy as np
 from loaders import make_loader, stage
+from server import SERVER
 
 from nsa_train.data.store import TokenStore
 
@@ -27,8 +25,8 @@ def open_store(folder: Path) -> TokenStore:
     return TokenStore(folder, "train", {"hash": "x", "sources": ["a", "b"]}, **load)
 
 
-def main() -> None:
-    folder, rank, world, until = Path(sys.argv[1]), *map(int, sys.argv[2:5])
+def read(folder: Path, rank: int, world: int, until: int, die: bool) -> None:
+    """One rank, to step `until`; with `die` it kills itself there, having read more than rank 0 saved."""
     loader = make_loader(open_store(folder), stages=STAGES, max_documents=64, align=8, packing="long")
     first = 0
     if (folder / "start.json").exists():
@@ -45,9 +43,21 @@ def main() -> None:
             print(step, *digests, file=out, flush=True)
             if rank == 0 and (step + 1) % SAVE_EVERY == 0:
                 (folder / "state.json").write_text(json.dumps(loader.state(step + 1)))
-    if "--die" in sys.argv:
+    if die:
         os.kill(os.getpid(), 9)
 
 
-if __name__ == "__main__":
-    main()
+def run(folder: Path, world: int, until: int, die: bool = False) -> list[int | None]:
+    """All ranks, from where the last run saved its state; their exit codes. What it read beyond is forgotten."""
+    if (folder / "state.json").exists():
+        shutil.copy(folder / "state.json", folder / "start.json")
+        first = json.loads((folder / "start.json").read_text())["step"]
+        for file in folder.glob("rank*.txt"):
+            lines = file.read_text().splitlines(keepends=True)
+            file.write_text("".join(line for line in lines if int(line.split()[0]) < first))
+    ranks = [SERVER.Process(target=read, args=(folder, rank, world, until, die)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    return [process.exitcode for process in ranks]
