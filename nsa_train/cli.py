@@ -100,14 +100,13 @@ def _data(words: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    """measure this machine: `bench attention` or `bench data`, with --help for their options"""
-    if arguments[:1] == ["attention"]:
-        from nsa_train.bench.attention import main
-    elif arguments[:1] == ["data"]:
-        from nsa_train.bench.data import main
-    else:
-        raise NsaTrainError("bench: name one of attention, data, like `nsa-train bench data --help`")
-    return main(arguments[1:])
+    """measure this machine: `bench attention`, `bench training` or `bench data`, with --help for their options"""
+    from nsa_train.bench import attention, data, training
+
+    benchmarks = {"attention": attention.main, "training": training.main, "data": data.main}
+    if not arguments or arguments[0] not in benchmarks:
+        raise NsaTrainError(f"bench: name one of {', '.join(benchmarks)}, like `nsa-train bench attention --help`")
+    return benchmarks[arguments[0]](arguments[1:])
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

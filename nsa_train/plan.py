@@ -52,6 +52,27 @@ def linear_flops(config: Config) -> dict[str, float]:
     return {**flops, "head": 2.0 * config.model.vocab * config.model.width}
 
 
+def importance_flops(config: Config) -> float:
+    """Forward FLOPs of a token for eq. 8: queries meet the compressed keys once more. It has no backward pass."""
+    a, m = config.attention, config.model
+    if "cmp" not in a.branches or a.selection != "topn":
+        return 0.0
+    return 2.0 * m.heads * m.key_dim * m.layers * keys_read(config)["cmp"]
+
+
+def forward_flops(config: Config) -> dict[str, float]:
+    """FLOPs of a token's forward pass by part, in one document of seq_len tokens."""
+    flops = linear_flops(config)
+    if "cmp" in config.attention.branches:
+        flops |= {"compression": phi_flops(config), "importance": importance_flops(config)}
+    return flops | {f"attention, {branch}": n for branch, n in attention_flops(config).items()}
+
+
+def training_flops(config: Config) -> float:
+    """FLOPs of a token in training: backward is twice forward, for all parts that have one; no recomputation."""
+    return 3 * sum(forward_flops(config).values()) - 2 * importance_flops(config)
+
+
 def state_gib(parameters: int, zero_stage: int, dtype: torch.dtype, ranks: int) -> float:
     """GiB of weights, gradients and optimizer state on one rank; activations come on top."""
     width = 2 if dtype == torch.bfloat16 else 4
@@ -69,18 +90,15 @@ def plan(config: Config) -> str:
     lines += [f"  {part:20}{n:>18,}{used:>20,}" for part, (n, used) in parts.items()]
     lines += [f"  {'all':20}{total:>18,}{active:>20,}   (embedding and head are not active)", ""]
 
-    flops = linear_flops(config)
-    if "cmp" in config.attention.branches:
-        flops["compression"] = phi_flops(config)
-    flops |= {f"attention, {branch}": n for branch, n in attention_flops(config).items()}
-    forward = sum(flops.values())
+    flops = forward_flops(config)
+    forward, training = sum(flops.values()), training_flops(config)
     lines += [f"forward FLOPs per token in one document of {trainer.seq_len} tokens"]
     lines += [f"  {part:20}{n / 1e6:>14,.2f} M{n / forward:>8.1%}" for part, n in flops.items()]
     lines += [f"  {'all':20}{forward / 1e6:>14,.2f} M"]
     tokens = trainer.batch_rows * trainer.seq_len
     lines += [
-        f"  training takes 3 times that: {3 * forward * tokens / 1e12:,.3f} TFLOP a step of {tokens:,} tokens, "
-        f"{3 * forward * tokens * trainer.steps / 1e15:,.4f} PFLOP for {trainer.steps} steps",
+        f"  training takes {training / forward:.2f} times that: {training * tokens / 1e12:,.3f} TFLOP a step of "
+        f"{tokens:,} tokens, {training * tokens * trainer.steps / 1e15:,.4f} PFLOP for {trainer.steps} steps",
         "",
     ]
     lines += [

@@ -1,6 +1,8 @@
 """Train the same rows from the same start with NSA on its reference and on its kernels, and compare the loss curves.
 
 python scripts/loss_parity.py    # on a GPU: tiny and r1, 200 steps each, into docs/results/loss_parity_<gpu>.json
+
+All runs share the GPU at the same time: losses are compared here, not speeds.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ PRESETS = {
     "r1": ["experiment=r1", "trainer.seq_len=2048", "trainer.batch_rows=8", "trainer.micro_rows=8", "optim.lr=1e-3"],
 }
 WAYS = {
-    "reference": ["attention.backend=reference"],
+    "reference": ["attention.backend=reference", "trainer.activation_checkpointing=true"],  # its scores need memory
     "triton": ["attention.backend=triton"],
     "triton, compiled, checkpointed": [
         "attention.backend=triton", "trainer.compile=true", "trainer.activation_checkpointing=true",
@@ -47,11 +50,10 @@ def curve(preset: str, way: str, steps: int, folder: Path) -> dict[str, Any]:
     if done.returncode:
         return {**row, "error": f"exit code {done.returncode}: {done.stderr.strip()[-300:]}"}
     steps_done = [r for r in read_metrics(folder / name / METRICS) if r["split"] == "train"]
-    speeds = sorted(r["tokens_per_s"] for r in steps_done[len(steps_done) // 2 :])
     summary = json.loads((folder / name / "summary.json").read_text())
     return {
-        **row, "loss": [r["loss"] for r in steps_done], "tokens_per_s": speeds[len(speeds) // 2],
-        "val_loss_last": summary["val_loss_last"], "corpus_hash": summary["corpus_hash"],
+        **row, "loss": [r["loss"] for r in steps_done], "val_loss_last": summary["val_loss_last"],
+        "corpus_hash": summary["corpus_hash"],
     }  # fmt: skip
 
 
@@ -69,18 +71,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=results.RESULTS)
     parser.add_argument("--commit", help="source commit, where the tree is no git checkout")
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for preset in args.presets:
-            reference = curve(preset, "reference", args.steps, Path(folder))
-            rows.append(reference)
-            for way in [way for way in WAYS if way != "reference"]:
-                row = curve(preset, way, args.steps, Path(folder))
-                if "loss" in row and "loss" in reference:
-                    row["largest_difference"] = largest_difference(row["loss"], reference["loss"])
-                rows.append(row)
-                print({k: v for k, v in row.items() if k != "loss"}, flush=True)
-    print(results.write_result(f"loss_parity_{results.gpu_label()}", "loss_parity", rows, args.commit, args.out))
+    cases = [(preset, way) for preset in args.presets for way in WAYS]
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(cases)) as pool:
+        for preset in args.presets:  # once, before many would wait for one
+            prepare = ["prepare", *PRESETS[preset], f"data.prepared_dir={folder}/prepared"]
+            subprocess.run([sys.executable, "-m", "nsa_train", *prepare], check=True)
+        jobs = {pool.submit(curve, *case, args.steps, Path(folder)): case for case in cases}
+        for done in as_completed(jobs):
+            rows[jobs[done]] = done.result()
+            print({k: v for k, v in done.result().items() if k != "loss"}, flush=True)
+    for preset, way in cases:
+        row, reference = rows[preset, way], rows[preset, "reference"]
+        if way != "reference" and "loss" in row and "loss" in reference:
+            row["largest_difference"] = largest_difference(row["loss"], reference["loss"])
+    name = f"loss_parity_{results.gpu_label()}"
+    print(results.write_result(name, "loss_parity", list(rows.values()), args.commit, args.out))
 
 
 if __name__ == "__main__":

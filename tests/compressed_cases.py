@@ -1,6 +1,5 @@
 """Random packed inputs of the compressed branch alone, and what the reference makes of them."""
 
-import pytest
 import torch
 from helpers import assert_close, slices
 
@@ -70,15 +69,3 @@ def check(got, want, rms=1e-5):
     behind = want[3].shape[0] - SPARE
     for name, x in (("o", got[0][~seen]), ("dq", got[2][~seen]), ("dk", got[3][behind:]), ("dv", got[4][behind:])):
         assert (x == 0).all(), f"{name}: zeros where nothing is seen, and in the {SPARE} rows behind the last key"
-
-
-@pytest.fixture
-def no_memory_is_clean(monkeypatch):
-    """Fresh memory holds NaN, so that reading what nobody wrote shows."""
-    empty = torch.empty
-
-    def filled(*size, **kwargs):
-        x = empty(*size, **kwargs)
-        return x.fill_(torch.nan) if x.is_floating_point() else x.fill_(-(2**20))
-
-    monkeypatch.setattr(torch, "empty", filled)

@@ -29,3 +29,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_make_parametrize_id(val, argname):
     """Names of tests do not hold bytes: those of a gzip file tell the time."""
     return argname if isinstance(val, bytes) else None
+
+
+@pytest.fixture
+def unwritten_memory_is_poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel does not write must not matter: fresh memory holds NaN, or a huge integer."""
+    import torch
+
+    def poisoned(make):
+        def call(*sizes, **options):
+            x = make(*sizes, **options)
+            return x.fill_(torch.nan) if x.is_floating_point() else x.fill_(2**30) if x.dtype == torch.int32 else x
+
+        return call
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))

@@ -35,11 +35,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="the corpus whose text is tokenised")
     parser.add_argument("--documents", type=int, default=10_000_000, help="to plan")
     parser.add_argument("--tokens", type=int, default=200_000_000, help="to read packed rows from")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where data.json goes")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
     options = parser.parse_args(arguments)
     config = load_config(options.overrides)
     rows = [*planning(config, options.documents), *reading(config, options.tokens), *tokenising(config)]
-    runtime.log.info("%s", write_result("data", "data", rows, folder=options.folder))
+    runtime.log.info("%s", write_result("data", "data", rows, folder=options.out))
     return 0
 
 

@@ -14,17 +14,27 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from nsa_train.ops import combine, compressed, compressed_hopper, select, select_hopper, selected, window, window_hopper
+from nsa_train.ops import (
+    combine,
+    compressed,
+    compressed_hopper,
+    select,
+    select_hopper,
+    selected,
+    selected_hopper,
+    window,
+    window_hopper,
+)
 from nsa_train.ops.documents import Documents
 from nsa_train.ops.reference import NSASpec
 from nsa_train.ops.tiles import is_hopper
 
 log = logging.getLogger("nsa_train")
 
-PARTS: dict[str, tuple[ModuleType, ModuleType | None]] = {  # plain Triton, and Hopper where it is worth its lines
+PARTS: dict[str, tuple[ModuleType, ModuleType]] = {  # plain Triton, and Hopper
     "compressed": (compressed, compressed_hopper),
     "select": (select, select_hopper),
-    "selected": (selected, None),
+    "selected": (selected, selected_hopper),
     "window": (window, window_hopper),
 }
 
@@ -32,7 +42,7 @@ PARTS: dict[str, tuple[ModuleType, ModuleType | None]] = {  # plain Triton, and 
 def part(name: str, q: Tensor, k: Tensor, v: Tensor, spec: NSASpec) -> ModuleType:
     """The kernels of a part for these inputs: the Hopper ones where they take them, else plain Triton."""
     plain, hopper = PARTS[name]
-    if hopper is None or not is_hopper(q.device):
+    if not is_hopper(q.device):
         return plain
     if hopper.takes(q, k, v, spec):
         return hopper

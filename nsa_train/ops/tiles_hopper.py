@@ -1,10 +1,13 @@
-"""What the Hopper kernels of compressed attention, importance and window share: sizes, tiles, TMA descriptors.
+"""What the Hopper kernels share: sizes, tiles, TMA descriptors.
 
 Groups of G = 16 heads and tiles of 8 tokens times 16 heads are built in; `keys_seen` and `takes` hold the paper's
-blocks (l = 32, d = 16, l' = 64). The kernels of dK and dV share their step but for the masks.
+blocks (l = 32, d = 16, l' = 64). The kernels of dK and dV of compressed attention and window share their step but for
+the masks.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -38,6 +41,12 @@ def takes(q: Tensor, k: Tensor, v: Tensor, spec: NSASpec) -> bool:
     return takes_heads(q, v) and paper and len(k) > 0
 
 
+@functools.cache
+def programs(device: torch.device) -> int:
+    """Programs of a persistent kernel: each fills the shared memory of a multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, gl.NVMMASharedLayout(128, 16, len(block)))
 
@@ -60,6 +69,11 @@ def key_descriptors(x: Tensor, keys: int) -> tuple[TensorDescriptor, TensorDescr
     flat = x.view(len(x), -1)
     first = _descriptor(flat, [keys, min(x.shape[2], 128)])
     return first, _descriptor(flat, [keys, 64]) if x.shape[2] > 128 else first
+
+
+def chunk_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """[rows, 64 columns] of x [any, width]."""
+    return _descriptor(x, [rows, 64])
 
 
 def row_descriptor(x: Tensor, tokens: int) -> TensorDescriptor:

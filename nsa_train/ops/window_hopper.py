@@ -32,11 +32,12 @@ from nsa_train.ops.tiles_hopper import (
     key_descriptors,
     load_wide,
     load_wide_queries,
+    programs,
     query_descriptors,
     takes_heads,
 )
 from nsa_train.ops.window_hopper_bwd import backward
-from nsa_train.ops.window_tiles_hopper import TAIL, programs, work_item
+from nsa_train.ops.window_tiles_hopper import TAIL, work_item
 
 __all__ = ["backward", "forward", "takes"]
 

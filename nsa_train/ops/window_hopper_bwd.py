@@ -36,13 +36,14 @@ from nsa_train.ops.tiles_hopper import (
     load_wide,
     load_wide_queries,
     pack_halves,
+    programs,
     query_descriptors,
     row_descriptor,
     score_columns,
     store_dq,
     transposed_scores,
 )
-from nsa_train.ops.window_tiles_hopper import TAIL, programs, work_item
+from nsa_train.ops.window_tiles_hopper import TAIL, work_item
 
 DQ_KEYS = 64  # keys in a step of dQ
 STAGES = 2  # of K and V in dQ

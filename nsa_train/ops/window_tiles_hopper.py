@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from nsa_train.ops.tiles_hopper import token_piece
 
 TAIL = 16  # keys of the narrow tile
-
-
-@functools.cache
-def programs(device: torch.device) -> int:
-    """Programs of a persistent kernel: each fills the shared memory of a multiprocessor."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @gluon.jit

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compressed_cases import DEVICE, backward_arguments, check, expected, inputs, no_memory_is_clean, run  # noqa: F401
+from compressed_cases import DEVICE, check, expected, inputs, run
 from helpers import slices
 
 from nsa_train.ops import compressed, compressed_hopper, reference, select, select_hopper
@@ -11,7 +11,7 @@ from nsa_train.ops.nsa import NSASpec
 
 PATHS = {"plain": (compressed, select), "hopper": (compressed_hopper, select_hopper)}
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_memory_is_clean")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("unwritten_memory_is_poison")]
 SPEC = NSASpec()
 MIXED = [31, 1, 1000, 32, 47, 63, 2113, 64, 65, 33]
 PLAIN_ONLY = [(96, 64, 16), (192, 128, 4), (128, 128, 1), (64, 64, 3)]

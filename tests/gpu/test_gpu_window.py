@@ -3,14 +3,14 @@
 import pytest
 import torch
 from helpers import assert_close
-from window_cases import DEVICE, NAMES, computed, expected, inputs, spec, unwritten_memory_is_nan  # noqa: F401
+from window_cases import DEVICE, NAMES, computed, expected, inputs, spec
 
 from nsa_train.ops import combine, reference, window, window_hopper
 from nsa_train.ops.compress import KINDS, Segments, compress
 from nsa_train.ops.nsa import NSASpec
 from nsa_train.packing import Packing
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("unwritten_memory_is_nan")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("unwritten_memory_is_poison")]
 PATHS = {"plain": window, "hopper": window_hopper}
 MIXED = [31, 1, 1000, 8, 9, 2113, 64, 65, 127, 512, 513, 519, 520]
 BOTH = [(192, 128, 16), (128, 128, 16), (64, 64, 16)]

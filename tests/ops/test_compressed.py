@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compressed_cases import DEVICE, SPEC, check, expected, inputs, no_memory_is_clean, run  # noqa: F401
+from compressed_cases import DEVICE, SPEC, check, expected, inputs, run
 from helpers import assert_close, slices
 
 from nsa_train.ops import compressed
@@ -10,7 +10,7 @@ from nsa_train.ops.documents import Documents
 from nsa_train.ops.nsa import NSASpec
 from nsa_train.ops.reference import compressed_length
 
-pytestmark = pytest.mark.usefixtures("no_memory_is_clean")
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_poison")
 
 
 @pytest.mark.parametrize(

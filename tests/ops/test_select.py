@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compressed_cases import DEVICE, inputs, no_memory_is_clean  # noqa: F401
+from compressed_cases import DEVICE, inputs
 from helpers import assert_close, slices
 
 from nsa_train.ops import reference, select
@@ -11,7 +11,7 @@ from nsa_train.ops.documents import Documents
 from nsa_train.ops.nsa import NSASpec
 from nsa_train.packing import Packing
 
-pytestmark = pytest.mark.usefixtures("no_memory_is_clean")
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_poison")
 
 SPEC = NSASpec(cmp_block=4, cmp_stride=2, slc_block=4, slc_count=4, slc_init=1, slc_local=1)
 SPECS = [

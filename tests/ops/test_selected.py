@@ -3,81 +3,11 @@
 import pytest
 import torch
 from helpers import assert_close
+from selected_cases import DEVICE, NAMES, computed, expected, inputs, spec, table_of
 
-from nsa_train.ops import selected, selected_plan
-from nsa_train.ops.documents import Documents
-from nsa_train.ops.reference import NSASpec, attend, random_scores, select_blocks, slc_visible
-from nsa_train.packing import Packing
+from nsa_train.ops import selected_plan
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NAMES = ("o", "lse", "dq", "dk", "dv")
-SCALE = 0.3
-
-
-def spec(block=4, count=3, init=1, local=1):
-    return NSASpec(
-        cmp_block=block, cmp_stride=1, slc_block=block, slc_count=count, slc_init=init, slc_local=local, window=5
-    )
-
-
-def inputs(lengths, sizes, Hk=1, G=2, D=8, Dv=6, seed=0):
-    """q, k, v, blocks, do, gate [T, Hq]; blocks are chosen at random."""
-    generator = torch.Generator().manual_seed(seed)
-    T = sum(lengths)
-    shapes = (T, Hk * G, D), (T, Hk, D), (T, Hk, Dv), (T, Hk * G, Dv)
-    q, k, v, do = (torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes)
-    blocks = torch.cat([select_blocks(random_scores(L, Hk, sizes), sizes) for L in lengths]).to(DEVICE)
-    return q, k, v, blocks, do, torch.rand(T, Hk * G, generator=generator).to(DEVICE) + 0.1
-
-
-def expected(lengths, sizes, q, k, v, blocks, do, gate):
-    """o, lse and the gradients of sum(do * gate * o) by autograd, document by document, in float64."""
-    q, k, v = (x.double().requires_grad_() for x in (q, k, v))
-    outputs, lses = [], []
-    G = q.shape[1] // k.shape[1]
-    for one in torch.arange(len(q)).split(lengths):
-        seen = slc_visible(blocks[one], len(one), sizes)
-        outputs.append(attend(q[one], k[one], v[one], seen, SCALE)[0])
-        s = torch.einsum("thd,shd->hts", q[one], k[one].repeat_interleave(G, 1)) * SCALE
-        s = s.masked_fill(~seen.transpose(0, 1).repeat_interleave(G, 0), -torch.inf)
-        lses.append(s.logsumexp(-1).T / torch.log(torch.tensor(2.0)))
-    o = torch.cat(outputs)
-    (o * gate[..., None] * do).sum().backward()
-    return o, torch.cat(lses), q.grad, k.grad, v.grad
-
-
-def table_of(lengths, sizes, empty=0):
-    packing = Packing.from_lengths(lengths, len(lengths) + empty).to(DEVICE)
-    return Documents(packing.cu_seqlens, packing.tokens, sizes)
-
-
-def computed(lengths, sizes, q, k, v, blocks, do, gate, dq=None, empty=0):
-    documents = table_of(lengths, sizes, empty)
-    o, lse = selected.forward(q, k, v, blocks, documents, sizes, SCALE)
-    grad_q = torch.full_like(q, torch.nan) if dq is None else dq.clone()
-    delta = (do * o).sum(-1)
-    dk, dv = selected.backward(
-        q, k, v, blocks, do, lse - gate.log2(), delta, documents, sizes, SCALE, grad_q, accumulate=dq is not None
-    )
-    return o, lse, grad_q, dk, dv
-
-
-@pytest.fixture(autouse=True)
-def unwritten_memory_is_poison(monkeypatch):
-    """What a kernel does not write must not matter: NaN, or a huge integer."""
-
-    def filled(make):
-        def empty(*args, **kwargs):
-            x = make(*args, **kwargs)
-            return x.fill_(torch.nan) if x.is_floating_point() else x.fill_(2**30) if x.dtype == torch.int32 else x
-
-        return empty
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, filled(getattr(torch, name)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
-
-
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_poison")
 CASES = {
     "edges of a block": ([1, 3, 4, 5, 21], spec(), {}),
     "16 heads": ([23], spec(8, 2), {"G": 16}),

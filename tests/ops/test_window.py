@@ -3,9 +3,9 @@
 import pytest
 import torch
 from helpers import assert_close
-from window_cases import NAMES, computed, expected, inputs, unwritten_memory_is_nan  # noqa: F401
+from window_cases import NAMES, computed, expected, inputs
 
-pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_poison")
 
 
 @pytest.mark.parametrize(

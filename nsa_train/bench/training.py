@@ -1,0 +1,102 @@
+"""`nsa-train bench training`: tokens per second of whole training runs, by preset, arm and row length.
+
+FLOPs are counted as if every row were one document: packs of short documents need fewer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsa_train import runtime
+from nsa_train.bench import results
+from nsa_train.config.load import load_config
+from nsa_train.config.schema import Config
+from nsa_train.errors import NsaTrainError
+from nsa_train.plan import training_flops
+from nsa_train.train.metrics import METRICS, read_metrics
+
+PEAK_FLOPS = {"90": 989e12}  # dense bf16 of a GPU, by architecture
+LOG_EVERY = 5  # steps that a speed is a mean over; the first ones hold start-up and compilation
+
+
+def overrides_of(preset: str, arm: str, T: int, steps: int, rest: list[str]) -> list[str]:
+    return [
+        f"experiment={preset}", f"attention={arm}", f"trainer.seq_len={T}", f"trainer.steps={steps}",
+        f"trainer.log_every={LOG_EVERY}", f"trainer.val_every={steps}", f"trainer.checkpoint_every={steps}",
+        "trainer.val_rows=1", "trainer.export=false", "logging.wandb=disabled", *rest,
+    ]  # fmt: skip
+
+
+def figures(speeds: list[float], config: Config, gpus: int, peak_flops: float | None) -> dict[str, float | None]:
+    """Speed and MFU: of the FLOPs executed, and of those that full attention would take for the same tokens."""
+    speed = statistics.median(speeds)
+    T = config.trainer.seq_len
+    full = load_config([f"experiment={config.experiment}", "attention=full", f"trainer.seq_len={T}"])
+    share = speed / (gpus * peak_flops) if peak_flops else None
+    return {
+        "tokens_per_s": speed, "tokens_per_s_min": min(speeds), "tokens_per_s_max": max(speeds),
+        "step_ms": 1e3 * config.trainer.batch_rows * T / speed,
+        "mfu_executed": share and share * training_flops(config), "mfu_dense": share and share * training_flops(full),
+    }  # fmt: skip
+
+
+def one_run(preset: str, arm: str, T: int, steps: int, gpus: int, rest: list[str], folder: Path) -> dict[str, Any]:
+    """A row; with `error` in place of figures where the run failed."""
+    overrides = overrides_of(preset, arm, T, steps, rest)
+    config = load_config(overrides)
+    per_rank = config.trainer.batch_rows // gpus
+    row: dict[str, Any] = {
+        "preset": preset, "attention": arm, "T": T, "gpus": gpus, "zero": config.parallel.zero_stage, "ep": 1, "sp": 1,
+        "micro_batch": min(config.trainer.micro_rows, per_rank), "overrides": rest,
+    }  # fmt: skip
+    name = f"{preset}-{arm}-{T}"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+    places = [f"name={name}", f"runs_dir={folder}", f"data.prepared_dir={folder}/prepared"]
+    started = time.perf_counter()
+    command = [*launch, "-m", "nsa_train", "train", *overrides, *places]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    row["command_s"] = time.perf_counter() - started
+    if done.returncode:
+        return {**row, "error": f"exit code {done.returncode}: {done.stderr.strip()[-300:]}"}
+    logged = [r for r in read_metrics(folder / name / METRICS) if r["split"] == "train"]
+    speeds = [r["tokens_per_s"] for r in logged[len(logged) // 3 :]]
+    return {
+        **row, **figures(speeds, config, gpus, PEAK_FLOPS.get(results.device_facts()["sm"] or "")),
+        "peak_gib": max(r["mem_gib"] for r in logged), "parts": {},
+    }  # fmt: skip
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark and write <out>/training_<gpu>.json; the exit code."""
+    parser = argparse.ArgumentParser(prog="nsa-train bench training", description=__doc__)
+    parser.add_argument("--presets", nargs="+", default=["r1"])
+    parser.add_argument("--arms", nargs="+", default=["nsa", "full"])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192], metavar="T")
+    parser.add_argument("--steps", type=int, default=45)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of the JSON")
+    parser.add_argument("--commit", help="source commit, where the tree is no git checkout")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="for all runs")
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise NsaTrainError("bench training: no CUDA device here; it measures training on GPUs")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // args.gpus)))
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for preset, T, arm in product(args.presets, args.lengths, args.arms):
+            rows.append(one_run(preset, arm, T, args.steps, args.gpus, args.set, Path(folder)))
+            runtime.log.info("%s", rows[-1])
+            written = results.write_result(f"training_{results.gpu_label()}", "training", rows, args.commit, args.out)
+    runtime.log.info("%s", written)
+    return 0
