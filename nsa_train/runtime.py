@@ -43,6 +43,11 @@ def launch_alone() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
+def share_cores(processes: int) -> None:
+    """Give the processes that are started from here an equal number of threads, unless the environment names one."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+
+
 def device() -> torch.device:
     """This rank's GPU, else the CPU (also where DeepSpeed was told to use the CPU)."""
     import torch

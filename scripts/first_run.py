@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nsa_train import runtime
 from nsa_train.bench import results
 from nsa_train.train.metrics import METRICS, read_metrics
 
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--commit", help="source commit, where the tree is no git checkout")
     parser.add_argument("overrides", nargs="*", help="key=value for all runs")
     args = parser.parse_intermixed_args()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // args.processes)))
+    runtime.share_cores(args.processes)
     with tempfile.TemporaryDirectory() as folder:
         rows = [one_run(arm, args.processes, Path(folder), args.overrides) for arm in ARMS]
     print(results.write_result(f"first_run_{args.machine}", "first_run", rows, args.commit))

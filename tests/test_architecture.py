@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": GROUND | {"ops", "model", "data", "parallel"},
     "plan": GROUND | {"ops", "model", "data", "parallel", "train"},
     "doctor": GROUND | {"ops", "model", "data", "parallel", "train"},
-    "bench": GROUND | {"ops", "model", "data", "parallel", "train"},
+    "bench": GROUND | {"ops", "model", "data", "parallel", "train", "plan"},
     "cli": GROUND | {"model", "data", "parallel", "train", "plan", "doctor", "bench"},
     "__main__": {"cli"},
 }

@@ -6,7 +6,6 @@ FLOPs are counted as if every row were one document: packs of short documents ne
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -91,7 +90,7 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise NsaTrainError("bench training: no CUDA device here; it measures training on GPUs")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // args.gpus)))
+    runtime.share_cores(args.gpus)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for preset, T, arm in product(args.presets, args.lengths, args.arms):
