@@ -29,10 +29,11 @@ test: .venv/.ok ## all tests that need no GPU
 test-gpu: .venv/.ok ## the tests that need a GPU
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -m gpu
 
-check: .venv/.ok ## lint, format and types
+check: .venv/.ok ## lint, format and types, of the Dockerfile too
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	@if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint docker/Dockerfile; fi
 
 .venv/.ok: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

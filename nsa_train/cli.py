@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 
 from nsa_train import runtime
-from nsa_train.errors import ConfigError, NsaTrainError, StorageError
+from nsa_train.errors import ConfigError, Interrupted, NsaTrainError, StorageError
 
 EXIT_CODES = """exit codes:
   0 done    2 wrong input    17 no valid checkpoint    18 diverged    20 storage full or unwritable
@@ -20,10 +20,14 @@ torchrun turns every code into 1; runs/<name>/summary.json has the real one."""
 
 def _train(overrides: list[str]) -> int:
     """pretrain, or go on with an interrupted run; launch it with torchrun for several processes"""
+    from nsa_train.train.guards import StopSignals
+
+    signals = StopSignals()
+    signals.listen()
     config = _config(overrides)
     from nsa_train.train.loop import train
 
-    return train(config)
+    return train(config, signals)
 
 
 def _prepare(overrides: list[str]) -> int:
@@ -66,7 +70,7 @@ def _show_config(overrides: list[str]) -> int:
     """print the resolved configuration, or everything that is wrong with it"""
     from nsa_train.config.load import to_yaml
 
-    print(to_yaml(_config(overrides)), end="")
+    _show(to_yaml(_config(overrides)).rstrip())
     return 0
 
 
@@ -75,7 +79,7 @@ def _plan(overrides: list[str]) -> int:
     config = _config(overrides)
     from nsa_train.plan import plan
 
-    print(plan(config))
+    _show(plan(config))
     return 0
 
 
@@ -122,6 +126,14 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 OWN_OPTIONS = ("bench",)  # commands that are not about one configuration and parse their own arguments
 
 
+def _show(text: str) -> None:
+    """Print for a reader who, like `head`, may have seen enough before the end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = None  # type: ignore[assignment]
+
+
 def _config(overrides: list[str]):
     from nsa_train.config.load import load_config
 
@@ -157,15 +169,12 @@ def main(arguments: list[str] | None = None) -> int:
         return COMMANDS[args.command](args.overrides)
     except NsaTrainError as error:
         code, message = error.exit_code, str(error)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        sys.stdout = None  # type: ignore[assignment]
-        return 0
     except OSError as error:
         if error.errno not in runtime.STORAGE_ERRORS:
             raise
-        code, message = StorageError.exit_code, f"{error.filename or 'disk'}: {error.strerror}; free some space"
+        code, message = StorageError.exit_code, f"{error.filename or 'disk'}: {error.strerror}; make room there"
     except KeyboardInterrupt:
-        code, message = 130, "stopped by a second Ctrl-C; the last checkpoint is the one before"
+        code, message = Interrupted.exit_code, "stopped; the same command starts again"
     if runtime.rank() == 0:
         print(f"error: {message}" if code != 75 else message, file=sys.stderr)
     return code

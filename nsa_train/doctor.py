@@ -53,8 +53,8 @@ def _storage(config: Config) -> Iterator[tuple[str, str]]:
         while not place.exists():
             place = place.parent
         free = shutil.disk_usage(place).free / 2**30
-        if not os.access(place, os.W_OK):
-            yield "FAIL", f"{name}: {place} is not writable"
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            yield "FAIL", f"{name}: {place} is not a folder that can be written to"
         else:
             yield ("ok" if free >= MIN_FREE_GIB else "warn"), f"{name}: {free:.0f} GiB free at {place}"
 

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import logging
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("nsa_train")
-STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
 
 
 def rank() -> int:
@@ -34,18 +33,17 @@ def world_size() -> int:
 
 
 def launch_alone() -> None:
-    """Without a launcher (plain `python -m nsa_train train`) become a group of one process."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    """Without a launcher (plain `python -m nsa_train train`) become a group of one process.
+
+    Port 0 lets the system choose: a port that was free a moment ago may be another job's by now.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
 def share_cores(processes: int) -> None:
     """Give the processes that are started from here an equal number of threads, unless the environment names one."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
 
 
 def device() -> torch.device:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -84,16 +86,15 @@ def _compose(overrides: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             cfg = compose("config", [_as_hydra(text) for text in overrides], return_hydra_config=True)
         choices = dict(cfg.hydra.runtime.choices)
-        raw = typing.cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=False))
-        resolvers = sorted(set(re.findall(r"\$\{[a-zA-Z_.]+:", str({k: v for k, v in raw.items() if k != "hydra"}))))
-        if resolvers:
-            raise ConfigError(f"{resolvers[0]}...}} is not allowed: recipes are data; write the value itself")
         OmegaConf.set_struct(cfg, False)
         cfg.pop("hydra")
-        return typing.cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True)), choices
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        tree = typing.cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=False))
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:  # the last: 5,000 digits
         reason = str(error.__cause__ or error).strip().splitlines()
         raise ConfigError("the configuration does not compose: " + " ".join(reason[:4])) from error
+    if found := re.search(r"\$\{[^'\"]*", str(tree)):
+        raise ConfigError(f"{found[0]} is not allowed: recipes are data; write the value itself")
+    return tree, choices
 
 
 def _bad_override(text: str) -> str | None:
@@ -191,9 +192,9 @@ def _convert(kind: Any, value: Any) -> Any:
             raise TypeError("a table of names and numbers")
         return {str(name): _convert(args[1], item) for name, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) < sys.float_info.max else math.inf
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise TypeError({int: "an integer", float: "a number", bool: "true or false", str: "text"}[kind])
-    if kind is float and value != value:
+    if kind is float and not math.isfinite(value):
         raise TypeError("a finite number")
     return value

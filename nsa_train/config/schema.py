@@ -13,6 +13,7 @@ from typing import Literal
 
 Branch = Literal["cmp", "slc", "win", "full"]
 BRANCH_LISTS = (("full",), ("win",), ("cmp", "slc", "win"))
+YEAR_S = 365 * 86400
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -201,7 +202,7 @@ class DataConfig(SourceConfig):
         found += _mixture_problems(self.mixture)
         names = [("name", self.name), *(("sources", name) for name in self.sources)]
         found += [
-            f"{key}={name!r} may hold letters, digits and . _ - only"
+            f"{key}={name!r} may hold letters, digits and . _ - only, 100 at most"
             for key, name in names
             if not SAFE_NAME.fullmatch(name)
         ]
@@ -267,6 +268,8 @@ class ParallelConfig:
 
     def problems(self) -> list[str]:
         found = _not_positive(self, "timeout_s")
+        if self.timeout_s > YEAR_S:
+            found.append(f"timeout_s={self.timeout_s} must be at most {YEAR_S}, a year")
         if self.zero_stage not in (1, 2):
             found.append(f"zero_stage={self.zero_stage} must be 1 or 2")
         return found
@@ -377,7 +380,7 @@ class Config:
     def problems(self) -> list[str]:
         found = []
         if not SAFE_NAME.fullmatch(self.name):
-            found.append(f"name={self.name!r} may hold letters, digits and . _ - only")
+            found.append(f"name={self.name!r} may hold letters, digits and . _ - only, 100 at most")
         if self.seed < 0:
             found.append(f"seed={self.seed} must not be negative")
         rows = {"trainer": self.trainer.seq_len}

@@ -13,6 +13,7 @@ Every movement of rows is a gather, forward and backward, so gradients are the s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -95,21 +96,22 @@ class _Gather(torch.autograd.Function):
         segment, place = segments.place // d, segments.place % d
         index = ((segment[:, None] * Hk + head) * d + place[:, None]).flatten()
         dx = grad.reshape(-1, width).index_select(0, index).view(-1, Hk, width)
-        return dx.masked_fill_(~segments.in_segment[:, None, None], 0), None
+        return dx.masked_fill(~segments.in_segment[:, None, None], 0), None
 
 
 def _sum_over_blocks(z: Tensor, segments: Segments) -> Tensor:
     """[rows of segments, r, ...] -> [rows of blocks, ...]: sum over i of z[first segment + i, i]; 0 if unused."""
-    total = torch.zeros_like(z[:, 0])
-    for i in range(segments.count):
-        total += z[:, i].index_select(0, (segments.first_segment + i).clamp(max=max(len(z) - 1, 0)))
-    return total.masked_fill_(_like(~segments.used, total), 0)
+    last = max(len(z) - 1, 0)
+    parts = [z[:, i].index_select(0, (segments.first_segment + i).clamp(max=last)) for i in range(segments.count)]
+    # Nothing in place: torch.compile (2.11, GPU) loses an addition in place inside an autograd.Function.
+    total = functools.reduce(torch.add, parts)
+    return total.masked_fill(_like(~segments.used, total), 0)
 
 
 def _spread_to_segments(y: Tensor, segments: Segments) -> Tensor:
     """[rows of blocks, ...] -> [rows of segments, r, ...]: the block that has the segment as its i-th; 0 if none."""
     z = y.index_select(0, segments.block.flatten()).view(*segments.block.shape, *y.shape[1:])
-    return z.masked_fill_(_like(~segments.in_block, z), 0)
+    return z.masked_fill(_like(~segments.in_block, z), 0)
 
 
 def _like(mask: Tensor, x: Tensor) -> Tensor:

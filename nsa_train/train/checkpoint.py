@@ -13,6 +13,7 @@ Nothing is unpickled: safetensors and JSON only. Partitions of flat vectors are 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -40,6 +41,7 @@ SCHEMA = "nsa-train/checkpoint/1"
 COMPLETE = re.compile(r"step_(\d+)")
 MANIFEST = "manifest.json"
 BUFFERS = "buffers.safetensors"
+SHARD = "optimizer_{:05d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -86,19 +88,29 @@ def _make_aside(folder: Path, step: int) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         for torn in folder.glob("step_*.tmp-*"):
             shutil.rmtree(torn)
-        older = complete(folder)
-        need = int(1.2 * sum(f.stat().st_size for f in older[0].iterdir())) if older else 0
-        free = shutil.disk_usage(folder).free
-        if free < need:
-            raise StorageError(
-                f"{folder}: {free} bytes are free and a checkpoint needs about {need}; free some space and run again "
-                f"(the last good checkpoint is {older[0].name})"
-            )
+        if older := complete(folder):
+            _make_room(folder, older)
         aside = folder / f"step_{step}.tmp-{secrets.token_hex(4)}"
         aside.mkdir()
     except OSError as error:
         raise StorageError(_storage_problem(error, folder)) from error
     return aside.name
+
+
+def _make_room(folder: Path, older: list[Path]) -> None:
+    """StorageError unless another checkpoint fits; deletes all but the newest, if that helps and it is whole."""
+    sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in older]
+    need, free = int(1.2 * sizes[0]), shutil.disk_usage(folder).free
+    if free < need <= free + sum(sizes[1:]):
+        with contextlib.suppress(CheckpointError):
+            verify(older[0])
+            _retain(folder, keep=1)
+            free = shutil.disk_usage(folder).free
+    if free < need:
+        raise StorageError(
+            f"{folder}: {free} bytes are free and a checkpoint needs about {need}; free some space and run again: "
+            f"checkpoints stay as they are, the newest is {older[0].name}"
+        )
 
 
 def _write_own_files(aside: Path, engine: Engine) -> list[tuple[str, int, str]]:
@@ -107,7 +119,7 @@ def _write_own_files(aside: Path, engine: Engine) -> list[tuple[str, int, str]]:
     shard["rng.torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         shard["rng.cuda"] = torch.cuda.get_rng_state()
-    own = [(f"optimizer_{runtime.rank():05d}.safetensors", shard, {"rng": _python_random_state()})]
+    own = [(SHARD.format(runtime.rank()), shard, {"rng": _python_random_state()})]
     if runtime.rank() == 0:
         own.append((BUFFERS, {name: b.cpu() for name, b in engine.module.named_buffers()}, {}))
     written = []
@@ -139,7 +151,7 @@ def _complete(
         runtime.fault_point("checkpoint-before-rename")
         final = folder / f"step_{step}"
         if final.exists():  # left by a run that went further and whose newer metrics were lost: same step, same bits
-            shutil.rmtree(final)
+            _discard(final)
         os.rename(aside, final)
         _sync(folder)
         runtime.fault_point("checkpoint-before-pointer")
@@ -154,10 +166,14 @@ def _complete(
 def _retain(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep`; the one just written is among them."""
     for path in complete(folder)[max(1, keep) :]:
-        doomed = path.with_name(path.name + ".tmp-deleted")  # first it stops being a checkpoint, then its files go
-        os.rename(path, doomed)
-        runtime.fault_point("checkpoint-retention")
-        shutil.rmtree(doomed)
+        _discard(path)
+
+
+def _discard(path: Path) -> None:
+    doomed = path.with_name(path.name + ".tmp-deleted")  # first it stops being a checkpoint, then its files go
+    os.rename(path, doomed)
+    runtime.fault_point("checkpoint-retention")
+    shutil.rmtree(doomed)
 
 
 def _storage_problem(error: Exception, place: Path) -> str:
@@ -232,6 +248,9 @@ def verify(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path / MANIFEST} does not have the digest it names")
         if manifest["schema"] != SCHEMA or not isinstance(files, dict):
             raise CheckpointError(f"{path / MANIFEST} is not of schema {SCHEMA}")
+        needed = {BUFFERS, *(SHARD.format(rank) for rank in range(manifest["world_size"]))}
+        if missing := sorted(needed - files.keys()):
+            raise CheckpointError(f"{path / MANIFEST} does not vouch for {missing[0]}")
         for name, known in files.items():
             if Path(name).name != name:
                 raise CheckpointError(f"{path / MANIFEST} names {name!r}, which is no plain file name")
@@ -267,7 +286,7 @@ def restore(found: Found, engine: Engine) -> None:
         for name, buffer in engine.module.named_buffers():
             buffer.copy_(file.get_tensor(name))
     if rank < manifest["world_size"]:
-        _restore_random(found.path / f"optimizer_{rank:05d}.safetensors")
+        _restore_random(found.path / SHARD.format(rank))
 
 
 def _read_range(found: Found, group: int, part: str, start: int, stop: int) -> Tensor:
@@ -277,7 +296,7 @@ def _read_range(found: Found, group: int, part: str, start: int, stop: int) -> T
     for rank in range(found.manifest["world_size"]):
         a, b = max(start, rank * saved), min(stop, (rank + 1) * saved)
         if a < b:
-            with safe_open(found.path / f"optimizer_{rank:05d}.safetensors", framework="pt") as file:
+            with safe_open(found.path / SHARD.format(rank), framework="pt") as file:
                 piece = file.get_slice(f"{group}.{part}")
                 out[a - start : b - start] = piece[a - rank * saved : b - rank * saved]
     return out

@@ -7,8 +7,11 @@ import os
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from nsa_train.config import schema
 from nsa_train.data.tokenizer import Tokenizer
+from nsa_train.errors import StorageError
 from nsa_train.model.transformer import Transformer
 
 
@@ -29,8 +32,14 @@ def export_model(model: Transformer, config: schema.Config, tokenizer: Path, tar
     wrapped.config.dtype = model.embed.weight.dtype
     aside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    wrapped.save_pretrained(aside)
-    for file in tokenizer.parent.glob("tokenizer*"):
-        shutil.copy2(file, aside)
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(aside, target)
+    try:
+        wrapped.save_pretrained(aside)
+        for file in tokenizer.parent.glob("tokenizer*"):
+            shutil.copy2(file, aside)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(aside, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise StorageError(
+            f"{target}: cannot be written ({error}); free some space and run again: the last checkpoint is whole"
+        ) from error

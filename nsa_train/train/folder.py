@@ -83,11 +83,13 @@ class RunFolder:
                 + "\n".join(changed)
             )
 
-    def read_json(self, name: str) -> dict[str, Any] | None:
+    def read_json(self, name: str) -> dict[str, Any]:
+        """What a file of the folder holds; nothing where it is missing or damaged."""
         try:
-            return json.loads((self.path / name).read_text())
+            found = json.loads((self.path / name).read_text())
         except (OSError, ValueError):
-            return None
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def write(self, name: str, content: str | dict[str, Any]) -> None:
         """Replace a file as a whole, so that a kill leaves the old or the new one."""

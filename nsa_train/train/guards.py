@@ -14,11 +14,14 @@ SAME_CTRL_C_S = 2.0
 class StopSignals:
     """SIGTERM, SIGINT and SIGUSR1 only raise a flag; the loop finishes its step. A second Ctrl-C stops at once.
 
+    So does the first of any, until the loop says that it is `training`: before, there is nothing to save.
+
     Second means seconds later: a terminal sends one Ctrl-C to torchrun and to us, and torchrun passes its own on.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self.training = False
         self._first_s = 0.0
 
     def listen(self) -> None:
@@ -26,6 +29,8 @@ class StopSignals:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.training:
+            raise KeyboardInterrupt
         if self.received is None:
             self.received, self._first_s = signal.Signals(number).name, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._first_s > SAME_CTRL_C_S:

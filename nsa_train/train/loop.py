@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,7 @@ from nsa_train.train.optim import build_optimizer, lr_at
 ARM_ONLY = (".kv.cmp.", ".kv.win.", ".phi_k.", ".phi_v.", ".attention.gate.")
 
 
-def train(config: schema.Config) -> int:
+def train(config: schema.Config, signals: StopSignals) -> int:
     """Train, or go on, or say that the run is finished; the exit code. Called on every rank."""
     runtime.launch_alone()
     device = runtime.device()
@@ -53,13 +54,13 @@ def train(config: schema.Config) -> int:
             runtime.log.info("%s", finished)
             return 0
         try:
-            run = _Run(config, folder, device)
+            run = _Run(config, folder, device, signals)
             run.resume()
-        except NsaTrainError as error:  # what an earlier launch reached still holds
-            before = {"steps": 0, **(folder.read_json("summary.json") or {})}
-            outcome = {**before, "status": "failed", "exit_code": error.exit_code}
-            on_main(lambda: folder.write("summary.json", outcome))
-            raise
+        except BaseException as error:
+            failure = _failure(error)
+            before = {"steps": 0, **folder.read_json("summary.json")}  # what an earlier launch reached holds
+            on_main(lambda: folder.write("summary.json", before | _ending(failure)))
+            raise failure from failure.__cause__
         return run.go()
     finally:
         folder.release()
@@ -67,12 +68,13 @@ def train(config: schema.Config) -> int:
 
 
 def _finished(folder: RunFolder) -> str | None:
-    summary = folder.read_json("summary.json") or {}
+    summary = folder.read_json("summary.json")
     if summary.get("status") != "done":
         return None
     return (
-        f"{folder.path} is finished: {summary['steps']} steps, held-out loss {summary['val_loss_first']:.4f} -> "
-        f"{summary['val_loss_last']:.4f}. To train again choose another name=, or delete the folder."
+        f"{folder.path} is finished: {summary.get('steps')} steps, held-out loss "
+        f"{_nats(summary.get('val_loss_first'))} -> {_nats(summary.get('val_loss_last'))}. To train again choose "
+        "another name=, or delete the folder."
     )
 
 
@@ -89,8 +91,8 @@ class Progress:
 
 
 class _Run:
-    def __init__(self, config: schema.Config, folder: RunFolder, device: torch.device) -> None:
-        self.config, self.folder, self.device = config, folder, device
+    def __init__(self, config: schema.Config, folder: RunFolder, device: torch.device, signals: StopSignals) -> None:
+        self.config, self.folder, self.device, self.signals = config, folder, device, signals
         self.world = runtime.world_size()
         self.stages = stages_of(config)
         for stage in self.stages:
@@ -106,10 +108,10 @@ class _Run:
         trainer = config.trainer
         self.loaders = {split: Loader(store, self.stages, config.data, config.seed) for split, store in stores.items()}
         self._build()
-        self.signals = StopSignals()
         self.clock = Clock()
         self.progress = Progress()
         self.metrics: Metrics | None = None
+        self.wandb_id: str | None = None
         self.started, self.earlier = time.perf_counter(), 0.0
         self.bad_steps = BadSteps(trainer.max_bad_steps)
 
@@ -139,29 +141,26 @@ class _Run:
 
     def resume(self) -> None:
         """Go on from the newest good checkpoint, if there is one, and open the metrics."""
-        self.signals.listen()
         self.checkpoints = self.folder.path / "checkpoints"
         found = on_rank_zero(lambda: checkpoint.find_newest_good(self.checkpoints, self.identity))
         if found:
             checkpoint.restore(found, self.engine)
             self.loaders["train"].check_state(found.manifest["state"]["loader"])
             self.progress = Progress(**found.manifest["state"]["progress"])
+            self.wandb_id = found.manifest["state"].get("wandb_id")
         self.metrics = on_main(self._open_metrics)
         self.earlier = self.progress.wall_s
         self._announce(found)
 
     def go(self) -> int:
         """Train, and leave a summary however it ends."""
+        self.signals.training = True
         try:
             self._train()
-        except (NsaTrainError, OSError) as error:
-            failure = _storage_failure(error)
-            code = failure.exit_code if isinstance(failure, NsaTrainError) else 1
-            on_main(lambda: self._summarise("interrupted" if code == Interrupted.exit_code else "failed", code))
-            raise failure from error
-        except BaseException:
-            on_main(lambda: self._summarise("failed", 1))
-            raise
+        except BaseException as error:
+            failure = _failure(error)
+            on_main(lambda: self._summarise(**_ending(failure)))
+            raise failure from failure.__cause__
         on_main(lambda: self._summarise("done", 0))
         return 0
 
@@ -270,9 +269,9 @@ class _Run:
         found = evaluate(
             self.model, self.loaders["heldout"], self.config.trainer, self.facts["sources"], self.device, step
         )
-        self.progress.val_loss_last = found["loss"]
-        if self.progress.val_loss_first is None:
-            self.progress.val_loss_first = found["loss"]
+        self.progress.val_loss_last = found["loss"] if math.isfinite(found["loss"]) else None
+        if self.progress.step == 0:
+            self.progress.val_loss_first = self.progress.val_loss_last
         tokens = self.progress.step * self.config.trainer.batch_rows * self.config.trainer.seq_len
         if self.metrics:
             self.metrics.validation({"step": self.progress.step, "tokens": tokens, **found})
@@ -284,6 +283,7 @@ class _Run:
             "progress": vars(self.progress).copy(),
             "loader": self.loaders["train"].state(self.progress.step),
             "corpus_hash": self.facts["hash"],
+            "wandb_id": self.wandb_id,
         }
         checkpoint.save(
             self.checkpoints,
@@ -301,7 +301,8 @@ class _Run:
     # What people read -------------------------------------------------------------------------------------------------
 
     def _open_metrics(self) -> Metrics:
-        before = self.folder.read_json("manifest.json") or {}
+        before = self.folder.read_json("manifest.json")
+        self.wandb_id = self.wandb_id or before.get("wandb_id") or secrets.token_hex(4)
         manifest = {
             "corpus": {"name": self.facts["name"], "hash": self.facts["hash"]},
             "tokenizer_sha256": self.facts["tokenizer_sha256"],
@@ -310,7 +311,7 @@ class _Run:
             "versions": runtime.versions(),
             "device": runtime.device_name(),
             "world_size": self.world,
-            "wandb_id": before.get("wandb_id") or secrets.token_hex(4),
+            "wandb_id": self.wandb_id,
         }
         self.folder.bind()
         self.folder.write("manifest.json", manifest)
@@ -340,7 +341,7 @@ class _Run:
         ):
             self.metrics.say(line)
 
-    def _summarise(self, status: str, code: int) -> None:
+    def _summarise(self, status: str, exit_code: int) -> None:
         progress, trainer = self.progress, self.config.trainer
         summary = {
             "status": status,
@@ -349,7 +350,7 @@ class _Run:
             "val_loss_first": progress.val_loss_first,
             "val_loss_last": progress.val_loss_last,
             "unigram_entropy": self.facts["unigram_entropy"],
-            "exit_code": code,
+            "exit_code": exit_code,
             "params_total": self.parameters["total"],
             "params_active": self.parameters["active"],
             "tokens_per_s": progress.last_speed,
@@ -363,18 +364,35 @@ class _Run:
             plot_losses(self.folder.path, self.config.name, self.facts["unigram_entropy"])
         if status == "done":
             runtime.log.info(
-                "done: held-out loss %.4f -> %.4f nats per token (unigram entropy %.4f), corpus %s, %s tok/s, "
+                "done: held-out loss %s -> %s nats per token (unigram entropy %.4f), corpus %s, %s tok/s, "
                 "%.0f s\nrun folder: %s  (metrics.jsonl, loss.png, export/)",
-                progress.val_loss_first, progress.val_loss_last, self.facts["unigram_entropy"], self.facts["hash"][:12],
+                _nats(progress.val_loss_first), _nats(progress.val_loss_last), self.facts["unigram_entropy"],
+                self.facts["hash"][:12],
                 f"{progress.last_speed:,.0f}" if progress.last_speed else "-", self._wall_s(), self.folder.path,
             )  # fmt: skip
 
 
-def _storage_failure(error: Exception) -> Exception:
-    """A full disk as StorageError; any other error as it is."""
+def _failure(error: BaseException) -> BaseException:
+    """A full disk as StorageError, a Ctrl-C that stops at once as Interrupted, any other error as it is."""
     if isinstance(error, OSError) and error.errno in runtime.STORAGE_ERRORS:
-        return StorageError(f"{error.filename or 'the disk'}: {error.strerror}; free some space and run again")
-    return error
+        failure: NsaTrainError = StorageError(
+            f"{error.filename or 'the disk'}: {error.strerror}; make room there and run again"
+        )
+    elif isinstance(error, KeyboardInterrupt):
+        failure = Interrupted("stopped at once; the same command goes on from the last checkpoint, if there is one")
+    else:
+        return error
+    failure.__cause__ = error
+    return failure
+
+
+def _ending(failure: BaseException) -> dict[str, Any]:
+    code = failure.exit_code if isinstance(failure, NsaTrainError) else 1
+    return {"status": "interrupted" if code == Interrupted.exit_code else "failed", "exit_code": code}
+
+
+def _nats(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
 
 
 def on_main(work: Any) -> Any:

@@ -5,10 +5,12 @@ metrics.jsonl is the record: one object a line, no step twice. Losses are nats p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,23 @@ from nsa_train.config import schema
 from nsa_train.config.load import to_tree
 
 METRICS = "metrics.jsonl"
+WANDB_OFF = "W&B is off from here on (metrics.jsonl is complete without it)"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a metrics file; a torn last line is left out."""
+    """Whole lines of a metrics file; a torn or damaged one is left out."""
     found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
             found.append(json.loads(line))
-        except ValueError:
-            break
-    return found
+    return [row for row in found if isinstance(row, dict) and "step" in row]
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more (`| head`, a closed terminal): the run goes on in silence."""
+        with contextlib.suppress(SystemExit):
+            super().on_broken_pipe()
 
 
 class Metrics:
@@ -48,7 +56,7 @@ class Metrics:
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(),
-            console=Console(file=sys.stdout), disable=not sys.stdout.isatty(),
+            console=_Console(file=sys.stdout), disable=not sys.stdout.isatty(),
         )  # fmt: skip
         self._task = self._bar.add_task("training", total=config.trainer.steps, completed=step)
         self._bar.start()
@@ -99,20 +107,33 @@ class Metrics:
     def close(self, summary: dict[str, Any]) -> None:
         self._bar.stop()
         self._file.close()
-        if self._wandb:
-            self._wandb.summary.update({k: v for k, v in summary.items() if v is not None})
-            self._wandb.finish(exit_code=summary["exit_code"])
+        self._tell_wandb(lambda run: run.summary.update({k: v for k, v in summary.items() if v is not None}))
+        self._tell_wandb(lambda run: run.finish(exit_code=summary["exit_code"]))
 
     def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
+        self._file.write(json.dumps(_finite(row)) + "\n")
         self._file.flush()
 
     def _log(self, row: dict[str, Any], values: dict[str, Any]) -> None:
-        self._wandb.log({**values, "tokens": row["tokens"], "trainer/step": row["step"]}, step=row["step"])
+        values |= {"tokens": row["tokens"], "trainer/step": row["step"]}
+        self._tell_wandb(lambda run: run.log(values, step=row["step"]))
+
+    def _tell_wandb(self, what: Callable[[Any], object]) -> None:
+        """W&B may fail in any way, training may not."""
+        if self._wandb:
+            try:
+                what(self._wandb)
+            except Exception as error:
+                self._wandb = None
+                runtime.log.warning("%s: %s", WANDB_OFF, error)
 
 
 def _finite(value: Any) -> Any:
     """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -131,8 +152,8 @@ def _start_wandb(config: schema.Config, run_dir: Path, manifest: dict[str, Any])
             config={**to_tree(config), "commit": manifest["commit"], "corpus_hash": manifest["corpus"]["hash"]},
             settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
-    except (wandb.Error, OSError) as error:
-        runtime.log.warning("W&B is off for this run: %s (metrics.jsonl is complete without it)", error)
+    except Exception as error:
+        runtime.log.warning("%s: %s", WANDB_OFF, error)
         return None
     run.define_metric("tokens")
     run.define_metric("trainer/step")
@@ -157,7 +178,10 @@ def plot_losses(run_dir: Path, title: str, unigram_entropy: float) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(run_dir / "loss.png")
+    try:
+        figure.savefig(run_dir / "loss.png")
+    except OSError as error:
+        runtime.log.warning("loss.png is not written: %s", error)
     plt.close(figure)
 
 

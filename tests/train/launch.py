@@ -115,6 +115,15 @@ def signal_at(owner, name, call, number):
     setattr(holder, name, counted)
 
 
+def interrupt_twice(owner, name, call):
+    """A Ctrl-C at the `call`-th call of a function, and another one at once, for a user of little patience."""
+    from nsa_train.train import guards
+
+    guards.SAME_CTRL_C_S = -1.0
+    signal_at(owner, name, call, signal.SIGINT)
+    signal_at(owner, name, call, signal.SIGINT)
+
+
 def spoil_losses(ranks, steps):
     """The losses of these ranks are NaN in these steps, counted from 1."""
     from dataclasses import replace
@@ -137,12 +146,34 @@ def spoil_losses(ranks, steps):
         Transformer.forward = spoiled
 
 
-def limit_file_size(number_of_bytes):
+def limit_file_size(number_of_bytes, ranks=(0,)):
     """Writing more than this into one file fails as on a full disk."""
     import resource
 
+    if int(os.environ.get("RANK", "0")) not in ranks:
+        return
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (number_of_bytes, number_of_bytes))
+
+
+def limit_file_size_at(owner, name, number_of_bytes):
+    """The same from the first call of a function on."""
+    holder = pkgutil.resolve_name(owner)
+    original = getattr(holder, name)
+
+    def limited(*args, **kwargs):
+        limit_file_size(number_of_bytes)
+        return original(*args, **kwargs)
+
+    setattr(holder, name, limited)
+
+
+def close_output():
+    """Standard output is a pipe whose reader has gone."""
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.close(reader)
+    os.close(writer)
 
 
 # What a run has left --------------------------------------------------------------------------------------------------
@@ -154,6 +185,15 @@ def rows(folder):
     places = [(row["split"], row["step"]) for row in found]
     assert len(set(places)) == len(places), f"a step is there twice: {places}"
     return [{key: value for key, value in row.items() if key not in MEASURED} for row in found]
+
+
+def losses(folder):
+    """Loss by split and step, of the positions and sources too."""
+    return {
+        (row["split"], row["step"], part): value
+        for row in rows(folder)
+        for part, value in {"all": row["loss"], **row.get("by_position", {}), **row.get("by_source", {})}.items()
+    }
 
 
 def has_step(folder, step):

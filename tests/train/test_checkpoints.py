@@ -5,17 +5,19 @@ import os
 import pickle
 import shutil
 import subprocess
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import pytest
-from launch import contents, limit_file_size, rows, summary
+from launch import contents, limit_file_size, limit_file_size_at, rows, summary
 
-from nsa_train.errors import CheckpointError
+from nsa_train.errors import CheckpointError, StorageError
+from nsa_train.train import checkpoint
 from nsa_train.train.checkpoint import complete, find_newest_good, verify
 
 PACKAGE = Path(__file__).resolve().parents[2] / "nsa_train"
-SHARD = "optimizer_00000.safetensors"
+SHARD = checkpoint.SHARD.format(0)
 
 
 def steps_of(run):
@@ -153,15 +155,23 @@ def test_without_a_whole_checkpoint_it_stops_with_17_however_often_it_is_started
         assert (killed / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_a_manifest_cannot_reach_files_outside_its_folder(killed, tmp_path):
-    from nsa_train.train.checkpoint import _digest_of
-
+@pytest.mark.parametrize(
+    ("add", "drop", "words"),
+    [
+        ("../../config.yaml", None, r"'\.\./\.\./config\.yaml', which is no plain file name"),
+        (None, SHARD, f"does not vouch for {SHARD}"),
+        (None, "buffers.safetensors", "does not vouch for buffers.safetensors"),
+    ],
+)
+def test_a_forged_manifest_reaches_no_other_file_and_hides_none(add, drop, words, killed):
     path = killed / "checkpoints" / "step_6"
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["../../config.yaml"] = manifest["files"].pop(SHARD)
+    if add:
+        manifest["files"][add] = manifest["files"][SHARD]
+    manifest["files"].pop(drop, None)
     del manifest["digest"]
-    (path / "manifest.json").write_text(json.dumps({**manifest, "digest": _digest_of(manifest)}))
-    with pytest.raises(CheckpointError, match=r"'\.\./\.\./config\.yaml', which is no plain file name"):
+    (path / "manifest.json").write_text(json.dumps({**manifest, "digest": checkpoint._digest_of(manifest)}))
+    with pytest.raises(CheckpointError, match=words):
         verify(path)
 
 
@@ -186,6 +196,47 @@ def test_a_write_that_fails_midway_ends_with_20_and_leaves_older_checkpoints_who
     assert leftovers(killed) == []
     assert train().wait() == 0
     assert rows(killed) == rows(whole)
+
+
+def only(free, monkeypatch):
+    """A disk with so much room, and with what is deleted from now on."""
+    used = shutil.disk_usage
+
+    def usage(folder):
+        held = sum(file.stat().st_size for path in complete(folder) for file in path.iterdir())
+        return used(folder)._replace(free=free - held)
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", usage)
+
+
+@pytest.mark.parametrize(
+    ("room", "damaged", "fits", "left"),
+    [(3.5, False, True, [6, 3]), (2.5, False, True, [6]), (2.5, True, False, [6, 3]), (2.1, False, False, [6, 3])],
+    ids=["enough", "enough without the older one", "the newer one is damaged", "too little"],
+)
+def test_an_older_checkpoint_goes_only_where_that_makes_room(room, damaged, fits, left, killed, monkeypatch):
+    folder = killed / "checkpoints"
+    size = sum(file.stat().st_size for file in (folder / "step_6").iterdir())
+    only(int(room * size), monkeypatch)
+    if damaged:
+        flip_a_bit(folder / "step_6")
+    with nullcontext() if fits else pytest.raises(StorageError, match=r"bytes are free and .* the newest is step_6"):
+        checkpoint._make_aside(folder, 9)
+    assert steps_of(killed) == left
+
+
+@pytest.mark.process
+def test_a_full_disk_at_the_export_ends_with_20_and_the_run_can_be_ended_later(train, tmp_path, whole):
+    full = partial(limit_file_size_at, "nsa_train.train.loop", "export_model", 100_000)
+    job = train("trainer.export=true", before=full)
+    assert job.wait() == 20, job.text
+    assert f"{tmp_path / 'run' / 'export'}: cannot be written" in job.text
+    assert "Traceback" not in job.text
+    assert summary(tmp_path / "run")["exit_code"] == 20
+    assert not (tmp_path / "run" / "export").exists()
+    assert train("trainer.export=true").wait() == 0
+    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
+    assert rows(tmp_path / "run") == rows(whole)
 
 
 @pytest.fixture

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from launch import contents, has_step, rows, signal, signal_at, summary, wait_until
 
+from nsa_train.config.load import load_config
+from nsa_train.train.folder import RunFolder
+
 pytestmark = pytest.mark.process
 
 
@@ -77,6 +80,13 @@ def test_a_failed_start_keeps_what_the_summary_says_of_the_run(train, killed, tm
     (tmp_path / "empty").mkdir()
     assert train(f"data.root={tmp_path / 'empty'}").wait() == 2
     assert summary(killed) == {**stopped, "status": "failed", "exit_code": 2}
+
+
+@pytest.mark.parametrize("content", ["[1]", "3", '"done"', "\x00", '{"status": "done"'])
+def test_a_damaged_summary_or_manifest_does_not_stop_a_run(content, killed):
+    folder = RunFolder(load_config([f"runs_dir={killed.parent}", "name=run"]))
+    (killed / "summary.json").write_text(content)
+    assert folder.read_json("summary.json") == {}
 
 
 def test_a_run_that_never_started_does_not_bind_its_name(train, tmp_path, whole):

@@ -16,6 +16,7 @@ def signals():
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = {number: signal.getsignal(number) for number in numbers}
     listening = StopSignals()
+    listening.training = True
     listening.listen()
     yield listening
     for number, handler in before.items():
@@ -31,6 +32,13 @@ def test_a_signal_only_raises_a_flag(number, signals):
     assert signals.received is None
     send(number)
     assert signals.received == number.name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_before_training_the_first_signal_stops_at_once(number, signals):
+    signals.training = False
+    with pytest.raises(KeyboardInterrupt):
+        send(number)
 
 
 def test_a_second_ctrl_c_seconds_later_stops_at_once(signals, monkeypatch):

@@ -44,13 +44,23 @@ def test_a_run_without_a_checkpoint_starts_an_empty_file(tmp_path):
 
 
 def test_every_line_is_strict_json_also_without_a_finite_loss(tmp_path):
-    open_metrics(tmp_path, step=0).train(row(1, loss=None) | {"grad_norm": float("nan")}, [])
+    metrics, nan = open_metrics(tmp_path, step=0), float("nan")
+    metrics.train(row(1, loss=None) | {"grad_norm": nan}, [])
+    metrics.validation(row(1, loss=nan) | {"by_position": {"0-64": nan}, "layers": [{"gates": {"cmp": nan}}]})
 
     def refuse(name):
         raise AssertionError(f"{name} is no JSON")
 
-    (line,) = (tmp_path / METRICS).read_text().splitlines()
-    assert json.loads(line, parse_constant=refuse)["grad_norm"] is None
+    train, val = (json.loads(x, parse_constant=refuse) for x in (tmp_path / METRICS).read_text().splitlines())
+    assert (train["grad_norm"], val["loss"], val["by_position"]) == (None, None, {"0-64": None})
+    assert val["layers"] == [{"gates": {"cmp": None}}]
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"3", b'{"tokens": 1}', b'{"step": 2, "to'])
+def test_a_damaged_line_costs_no_other_line(damage, tmp_path):
+    lines = [json.dumps(row(1)).encode(), damage, json.dumps(row(3)).encode()]
+    (tmp_path / METRICS).write_bytes(b"\n".join(lines) + b"\n")
+    assert [found["step"] for found in read_metrics(tmp_path / METRICS)] == [1, 3]
 
 
 def test_a_failing_wandb_costs_the_run_nothing(tmp_path, monkeypatch, caplog):
@@ -59,8 +69,28 @@ def test_a_failing_wandb_costs_the_run_nothing(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(wandb, "init", fail)
     open_metrics(tmp_path, step=0, mode="online").train(row(1), [[1.0, 2.0]])
-    assert "W&B is off for this run: no route to the server" in caplog.text
+    assert "W&B is off from here on" in caplog.text
+    assert "no route to the server" in caplog.text
     assert [found["step"] for found in read_metrics(tmp_path / METRICS)] == [1]
+
+
+@pytest.mark.parametrize("failing", ["log", "finish"])
+def test_a_wandb_that_fails_later_costs_the_run_nothing(failing, tmp_path, monkeypatch, caplog):
+    def fail(*arguments, **named):
+        raise BrokenPipeError("its process is gone")
+
+    def work(*arguments, **named):
+        return None
+
+    run = SimpleNamespace(define_metric=work, log=work, finish=work, summary={})
+    setattr(run, failing, fail)
+    monkeypatch.setattr(wandb, "init", lambda **arguments: run)
+    metrics = open_metrics(tmp_path, step=0, mode="offline")
+    for step in (1, 2):
+        metrics.train(row(step), [[1.0, 2.0]])
+    metrics.close({"exit_code": 0})
+    assert caplog.text.count("its process is gone") == 1
+    assert [found["step"] for found in read_metrics(tmp_path / METRICS)] == [1, 2]
 
 
 def test_wandb_is_told_name_group_tags_configuration_and_where_to_go_on(tmp_path, monkeypatch):

@@ -3,21 +3,12 @@
 from functools import partial
 
 import pytest
-from launch import STEPS, rows, spoil_losses, summary
+from launch import STEPS, limit_file_size, losses, rows, spoil_losses, summary
 
 from nsa_train.train.checkpoint import verify
 
 pytestmark = pytest.mark.process
 TOLERANCE = 1e-5  # relative, of fp32 sums in another order over twelve steps; a step changes the loss by 1e-2
-
-
-def losses(folder):
-    """Loss by split and step, of the positions and sources too."""
-    return {
-        (row["split"], row["step"], part): value
-        for row in rows(folder)
-        for part, value in {"all": row["loss"], **row.get("by_position", {}), **row.get("by_source", {})}.items()
-    }
 
 
 def wait_all(jobs, code=0):
@@ -47,6 +38,15 @@ def test_a_run_goes_on_with_another_number_of_processes(before, after, train_ran
 def test_zero_stage_and_accumulation_change_rounding_only(layout, train, tmp_path, whole):
     assert train(layout).wait() == 0
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=TOLERANCE)
+
+
+def test_a_disk_that_is_full_for_one_process_ends_all_of_them_with_20(train_ranks, tmp_path):
+    jobs = train_ranks(2, before=partial(limit_file_size, 100_000, ranks=[1]))
+    wait_all(jobs, 20)
+    assert "cannot write a checkpoint" in jobs[0].text
+    assert "Traceback" not in "".join(job.text for job in jobs)
+    assert (summary(tmp_path / "run")["exit_code"], summary(tmp_path / "run")["steps"]) == (20, 3)
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_rows_that_the_processes_cannot_share_are_refused(train_ranks, tmp_path):

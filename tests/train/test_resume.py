@@ -1,10 +1,11 @@
 """A run that was stopped, however and wherever, goes on with the losses of a run that was not."""
 
+import json
 import signal
 from functools import partial
 
 import pytest
-from launch import MICRO_BATCHES, rows, signal_at, summary
+from launch import MICRO_BATCHES, close_output, interrupt_twice, rows, signal_at, summary
 
 pytestmark = pytest.mark.process
 ENGINE, LOOP, CHECKPOINT = "nsa_train.parallel.engine:Engine", "nsa_train.train.loop", "nsa_train.train.checkpoint"
@@ -49,6 +50,49 @@ def test_a_signal_finishes_the_step_leaves_a_checkpoint_and_the_same_command_goe
     assert again.wait() == 0, again.text
     assert f"resumed from {run / 'checkpoints' / f'step_{step}'}" in again.text
     assert rows(run) == rows(whole)
+
+
+def test_a_signal_while_packages_are_imported_ends_with_75(train, tmp_path):
+    stopped = train(before=partial(signal_at, "nsa_train.config.load", "load_config", 1, signal.SIGTERM))
+    assert stopped.wait() == 75
+    assert stopped.text == "stopped; the same command starts again\n"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_step_ends_with_75_at_once(number, train, tmp_path, whole):
+    stopped = train(before=partial(signal_at, LOOP, "prepare", 1, number))
+    assert stopped.wait() == 75
+    assert "Traceback" not in stopped.text
+    assert summary(tmp_path / "run") == {"steps": 0, "status": "interrupted", "exit_code": 75}
+    assert train().wait() == 0
+    assert rows(tmp_path / "run") == rows(whole)
+
+
+def test_a_second_ctrl_c_ends_at_once_with_75_and_the_run_goes_on_from_the_last_checkpoint(train, tmp_path, whole):
+    stopped = train(before=partial(interrupt_twice, ENGINE, "backward", 5 * MICRO_BATCHES))
+    assert stopped.wait() == 75
+    assert "Traceback" not in stopped.text
+    found = summary(tmp_path / "run")
+    assert (found["status"], found["exit_code"], found["steps"]) == ("interrupted", 75, 4)
+    again = train()
+    assert again.wait() == 0
+    assert "at step 3\n" in again.text
+    assert rows(tmp_path / "run") == rows(whole)
+
+
+def test_a_console_that_nobody_reads_any_more_does_not_end_the_run(train, tmp_path, whole):
+    assert train(before=close_output).wait() == 0
+    assert summary(tmp_path / "run")["status"] == "done"
+    assert rows(tmp_path / "run") == rows(whole)
+
+
+def test_the_wandb_run_goes_on_after_the_folders_manifest_is_lost(train, killed):
+    manifest = killed / "manifest.json"
+    before = json.loads(manifest.read_text())["wandb_id"]
+    manifest.unlink()
+    assert train().wait() == 0
+    assert json.loads(manifest.read_text())["wandb_id"] == before
 
 
 def test_a_signal_in_the_last_step_lets_the_run_end(train, tmp_path):

@@ -1,0 +1,118 @@
+"""What a person asks for on the command line: quick help, the configuration, its cost, what a machine lacks."""
+
+import os
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nsa_train import doctor, plan, runtime
+from nsa_train.cli import COMMANDS, main
+from nsa_train.config.load import load_config
+from nsa_train.model.counts import count_parameters, meta_model
+from nsa_train.ops import reference
+
+
+def cpu_seconds(*command):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_help_names_every_command_in_under_half_a_second():
+    """Of CPU time, so that a busy machine is no failure; the quickest of three, for the same reason."""
+    assert min(cpu_seconds(sys.executable, "-m", "nsa_train", "--help") for _ in range(3)) < 0.5
+    text = subprocess.run([sys.executable, "-m", "nsa_train", "--help"], capture_output=True, text=True, check=True)
+    assert [name for name in COMMANDS if not re.search(rf"^ +{name}\b", text.stdout, re.MULTILINE)] == []
+    assert "75 interrupted" in text.stdout
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "nsa_train", "config"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# plan -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arm", ["nsa", "full", "window"])
+def test_the_plan_counts_the_keys_that_the_reference_shows_a_query(arm):
+    sizes = [f"attention.{key}" for key in ("cmp_block=8", "cmp_stride=4", "slc_block=8", "slc_count=5", "window=17")]
+    config = load_config([f"attention={arm}", "trainer.seq_len=133", *sizes])
+    a, L = config.attention, config.trainer.seq_len
+    spec = reference.NSASpec(a.cmp_block, a.cmp_stride, a.slc_block, a.slc_count, a.slc_init, a.slc_local, a.window)
+    blocks = reference.select_blocks(reference.random_scores(L, 1, spec), spec)
+    seen = {
+        "full": torch.ones(L, L).tril(), "cmp": reference.cmp_visible(L, spec),
+        "slc": reference.slc_visible(blocks, L, spec)[:, 0], "win": reference.win_visible(L, spec.window),
+    }  # fmt: skip
+    found = plan.keys_read(config)
+    assert set(found) == set(a.branches)
+    for branch, keys in found.items():
+        assert keys == pytest.approx(float(seen[branch].sum()) / L), branch
+
+
+@pytest.mark.parametrize("options", [[], ["attention=full"], ["experiment=r1", "attention.phi=gated_pool"]], ids=str)
+def test_the_plans_parts_add_up(options, capsys):
+    config = load_config(options)
+    assert main(["plan", *options]) == 0
+    text = capsys.readouterr().out
+    parameters, flops, *_ = text.split("\n\n")[1:]
+    rows = [line.replace(",", "").split()[-2:] for line in parameters.splitlines()[1:-1]]
+    counted = count_parameters(meta_model(config))
+    assert [sum(int(row[i]) for row in rows) for i in (0, 1)] == [counted["total"], counted["active"]]
+    assert f"{counted['total']:,}" in parameters.splitlines()[-1]
+    shares = [float(line.split()[-1].rstrip("%")) for line in flops.splitlines() if line.endswith("%")]
+    assert sum(shares) == pytest.approx(100, abs=0.5)
+    assert [branch for branch in config.attention.branches if f"attention, {branch}" not in flops] == []
+    assert "GiB per rank" in text
+
+
+def test_more_ranks_share_optimizer_state_and_stage_2_gradients_too():
+    whole, shared = (plan.state_gib(2**30, 2, torch.bfloat16, ranks) for ranks in (1, 8))
+    assert (whole, shared) == (2 + 4 + 12, 2 + (4 + 12) / 8)
+    assert plan.state_gib(2**30, 1, torch.float32, 8) == 4 + 4 + 12 / 8
+
+
+# doctor ---------------------------------------------------------------------------------------------------------------
+
+
+def verdicts(caplog, *overrides):
+    caplog.clear()
+    code = doctor.examine(load_config(overrides))
+    return code, [(record.args[0], record.args[1]) for record in caplog.records]
+
+
+@pytest.fixture(autouse=True)
+def hear(caplog):
+    caplog.set_level("INFO", logger="nsa_train")
+
+
+def test_doctor_says_one_line_for_each_thing_and_all_is_there(caplog, tmp_path):
+    code, lines = verdicts(caplog, f"runs_dir={tmp_path / 'not' / 'yet'}")
+    assert code == 0
+    assert {verdict for verdict, _ in lines} <= {"ok", "warn"}
+    for words in (f"torch {torch.__version__}", "deepspeed ", "CPU cores", f"GiB free at {tmp_path}", "W&B offline"):
+        assert [line for _, line in lines if words in line], words
+    assert torch.cuda.is_available() or [line for verdict, line in lines if verdict == "warn" and "no CUDA" in line]
+
+
+def test_doctor_fails_where_training_would(caplog, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    code, lines = verdicts(caplog, f"runs_dir={tmp_path / 'file' / 'runs'}")
+    assert (code, [line for verdict, line in lines if verdict == "FAIL"]) == (
+        2, [f"runs_dir: {tmp_path / 'file'} is not a folder that can be written to"],
+    )  # fmt: skip
+    monkeypatch.setattr(runtime, "versions", lambda: {"deepspeed": "missing", "wandb": "missing"})
+    code, lines = verdicts(caplog)
+    assert code == 2
+    assert lines[:2] == [("FAIL", "deepspeed missing"), ("warn", "wandb missing")]
