@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 
 from nsa_train import runtime
-from nsa_train.errors import Interrupted, NsaTrainError, StorageError
+from nsa_train.errors import ConfigError, Interrupted, NsaTrainError, StorageError
 
 EXIT_CODES = """exit codes:
   0 done    2 wrong input    17 no valid checkpoint    18 diverged    20 storage full or unwritable
@@ -39,9 +39,12 @@ def _prepare(overrides: list[str]) -> int:
     folder = prepare(config.data, config.model.vocab, lambda line: runtime.log.info("%s", line))
     facts = read_manifest(folder)
     for split in ("train", "heldout"):
+        numbers = facts[split]
+        shares = " / ".join(f"{share:.0%}" for share in numbers["share_in_long"].values())
         runtime.log.info(
-            "%-8s %6d documents  %12s tokens", split, facts[split]["documents"], f"{facts[split]['tokens']:,}"
-        )
+            "%-8s %9s documents  %15s tokens, %s of them in documents of 8k / 32k / 64k or more",
+            split, f"{numbers['documents']:,}", f"{numbers['tokens']:,}", shares,
+        )  # fmt: skip
     runtime.log.info("unigram entropy of the held-out text: %.4f nats per token", facts["unigram_entropy"])
     runtime.log.info("hash %s\n%s", facts["hash"], folder)
     return 0
@@ -51,14 +54,14 @@ def _tokenizer(overrides: list[str]) -> int:
     """train the tokenizer of the configuration and show how it cuts the held-out text"""
     config = _config(overrides)
     from nsa_train.data.prepare import prepare
-    from nsa_train.data.store import TOKENIZER, read_manifest
+    from nsa_train.data.store import read_manifest
 
     folder = prepare(config.data, config.model.vocab, lambda line: runtime.log.info("%s", line))
     facts = read_manifest(folder)
     heldout = facts["heldout"]
     runtime.log.info(
         "%d pieces, %.2f bytes a token on held-out text, sha256 %s\n%s",
-        facts["vocab"], heldout["bytes"] / heldout["tokens"], facts["tokenizer_sha256"], folder / TOKENIZER,
+        facts["vocab"], heldout["bytes"] / heldout["tokens"], facts["tokenizer_sha256"], folder / facts["tokenizer"],
     )  # fmt: skip
     return 0
 
@@ -88,11 +91,23 @@ def _doctor(overrides: list[str]) -> int:
     return examine(config)
 
 
-def _bench(arguments: list[str]) -> int:
-    """measure this machine: `bench attention` or `bench training`, with --help for their options"""
-    from nsa_train.bench import attention, training
+def _data(words: list[str]) -> int:
+    """look at the corpus of the configuration: `data inspect [step=N] [row=N] [show=TOKENS] [key=value ...]`"""
+    if words[:1] != ["inspect"]:
+        raise ConfigError("data: name what to do, like `nsa-train data inspect step=1 row=1`")
+    from nsa_train.data.inspect import Question, inspect
 
-    benchmarks = {"attention": attention.main, "training": training.main}
+    question, overrides = Question.parse(words[1:])
+    for line in inspect(_config(overrides), question):
+        print(line)
+    return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    """measure this machine: `bench attention`, `bench training` or `bench data`, with --help for their options"""
+    from nsa_train.bench import attention, data, training
+
+    benchmarks = {"attention": attention.main, "training": training.main, "data": data.main}
     if not arguments or arguments[0] not in benchmarks:
         raise NsaTrainError(f"bench: name one of {', '.join(benchmarks)}, like `nsa-train bench attention --help`")
     return benchmarks[arguments[0]](arguments[1:])
@@ -105,6 +120,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "config": _show_config,
     "plan": _plan,
     "doctor": _doctor,
+    "data": _data,
     "bench": _bench,
 }
 OWN_OPTIONS = ("bench",)  # commands that are not about one configuration and parse their own arguments

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -33,11 +34,11 @@ class Packing:
         documents = documents or len(lengths)
         if documents < len(lengths):
             raise ValueError(f"{len(lengths)} documents do not fit the fixed number {documents}")
-        sizes = torch.tensor(list(lengths) + [0] * (documents - len(lengths)), dtype=torch.int32)
-        cu_seqlens = torch.zeros(documents + 1, dtype=torch.int32)
-        cu_seqlens[1:] = torch.cumsum(sizes, 0)
-        positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths])
-        return Packing(cu_seqlens, positions, tuple(int(n) for n in lengths))
+        cu_seqlens = np.full(documents + 1, sum(lengths), np.int32)
+        cu_seqlens[: len(lengths) + 1] = np.cumsum([0, *lengths])
+        positions = np.arange(cu_seqlens[-1], dtype=np.int32)
+        positions -= np.repeat(cu_seqlens[: len(lengths)], lengths)
+        return Packing(torch.from_numpy(cu_seqlens), torch.from_numpy(positions), tuple(int(n) for n in lengths))
 
     @property
     def tokens(self) -> int:

@@ -43,7 +43,7 @@ def launch_alone() -> None:
 
 def share_cores(processes: int) -> None:
     """Give the processes that are started from here an equal number of threads, unless the environment names one."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
 
 
 def device() -> torch.device:
@@ -151,12 +151,21 @@ def device_name() -> str:
     return torch.cuda.get_device_name(device()) if device().type == "cuda" else "CPU"
 
 
+def peak_resident_bytes() -> int:
+    """Most memory that this process has had resident. (getrusage would count its parent's, from before the exec.)"""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
 def peak_memory_gib() -> float:
     """Peak memory of this process: allocated on its GPU, or resident on a CPU."""
-    import resource
-
     import torch
 
     if device().type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_resident_bytes() / 2**30
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -26,6 +26,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                     item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Names of tests do not hold bytes: those of a gzip file tell the time."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture
 def unwritten_memory_is_poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel does not write must not matter: fresh memory holds NaN, or a huge integer."""

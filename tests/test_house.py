@@ -109,3 +109,8 @@ def test_the_image_runs_as_a_plain_user_on_a_pinned_base():
 def test_the_tables_of_readme_are_made_from_the_results():
     done = subprocess.run([sys.executable, ROOT / "scripts" / "readme_tables.py", "--check"], check=False)
     assert done.returncode == 0
+
+
+def test_the_table_of_corpora_is_made_from_the_results():
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "corpora.py", "--check"], check=False)
+    assert done.returncode == 0

@@ -45,14 +45,11 @@ def write_result(
 ) -> Path:
     """<folder>/<name>.json; `commit` names the source where the tree is no git checkout."""
     path = folder / f"{name}.json"
+    ours = sys.argv[0].endswith(("__main__.py", "nsa-train"))
+    program = ["nsa-train"] if ours else ["python", sys.argv[0]]
     head = {
         "schema": f"nsa-train/{kind}/1",
-        "command": shlex.join(
-            [
-                "nsa-train" if sys.argv[0].endswith(("__main__.py", "nsa-train")) else "python " + sys.argv[0],
-                *sys.argv[1:],
-            ]
-        ),
+        "command": shlex.join([*program, *sys.argv[1:]]),
         "commit": runtime.git_commit() or commit,
         "date": datetime.date.today().isoformat(),
         "device": device_facts(),

@@ -24,7 +24,9 @@ from nsa_train.errors import ConfigError
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 FILLED_BY_LOADER = ("experiment", "arm")
-GROUPS = ("model", "attention", "moe", "data", "optim", "schedule", "parallel", "trainer", "logging", "experiment")
+GROUPS = (
+    "model", "attention", "moe", "data", "optim", "schedule", "parallel", "trainer", "stages", "logging", "experiment",
+)  # fmt: skip
 
 
 def load_config(overrides: Sequence[str] = ()) -> schema.Config:
@@ -119,7 +121,7 @@ def _did_you_mean(word: str, known: Sequence[str]) -> str:
 def _build(cls: type, tree: Any, place: str, problems: list[str]) -> Any:
     """An instance of the dataclass `cls`; what does not fit is appended to `problems`."""
     if not isinstance(tree, dict):
-        problems.append(f"{place or 'the configuration'}={tree!r} must be a group of keys")
+        problems.append(f"{place.rstrip('.') or 'the configuration'}={tree!r} must be a group of keys")
         return None
     hints = typing.get_type_hints(cls)
     for key in tree:
@@ -132,17 +134,42 @@ def _build(cls: type, tree: Any, place: str, problems: list[str]) -> Any:
             problems.append(f"{place}{key}: missing")
         elif dataclasses.is_dataclass(kind):
             values[key] = _build(kind, tree[key], f"{place}{key}.", problems)  # type: ignore[arg-type]
+        elif typing.get_origin(kind) is dict and dataclasses.is_dataclass(typing.get_args(kind)[1]):
+            values[key] = _build_entries(typing.get_args(kind)[1], key, tree, place, problems)
         else:
             try:
                 values[key] = _convert(kind, tree[key])
             except TypeError as error:
                 problems.append(f"{place}{key}={tree[key]!r} must be {error}")
-    unbuilt = [key for key, value in values.items() if value is None and dataclasses.is_dataclass(hints[key])]
+    unbuilt = [
+        key
+        for key, value in values.items()
+        if (value is None and dataclasses.is_dataclass(hints[key]))
+        or (isinstance(value, dict) and None in value.values())
+    ]
     if len(values) < len(hints) or unbuilt:
         return None
     section = cls(**values)
     problems += [f"{place}{line}" for line in section.problems()]
     return section
+
+
+def _build_entries(cls: type, key: str, tree: dict[str, Any], place: str, problems: list[str]) -> dict[str, Any]:
+    """A table of named sections. Each takes from its neighbours, the keys beside the table, what it does not say."""
+    table = tree[key]
+    if not isinstance(table, dict):
+        problems.append(f"{place}{key}={table!r} must be a table of names")
+        return {"": None}
+    known, entries = typing.get_type_hints(cls), {}
+    common = {name: tree[name] for name in known if name in tree}
+    for name, entry in table.items():
+        inside = f"{place}{key}.{name}."
+        if isinstance(entry, dict):
+            shared = [word for word in entry if word in tree and word not in known]
+            problems += [f"{inside}{word}: all of {place}{key} share one; set {place}{word}" for word in shared]
+            entry = common | {word: value for word, value in entry.items() if word not in shared}
+        entries[name] = _build(cls, entry, inside, problems)
+    return entries
 
 
 def _convert(kind: Any, value: Any) -> Any:
@@ -160,6 +187,10 @@ def _convert(kind: Any, value: Any) -> Any:
         if not isinstance(value, (list, tuple)):
             raise TypeError("a list")
         return tuple(_convert(args[0], item) for item in value)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise TypeError("a table of names and numbers")
+        return {str(name): _convert(args[1], item) for name, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < sys.float_info.max else math.inf
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

@@ -21,6 +21,13 @@ def _not_positive(section: object, *keys: str) -> list[str]:
     return [f"{key}={getattr(section, key)} must be positive" for key in keys if getattr(section, key) <= 0]
 
 
+def _mixture_problems(mixture: dict[str, float]) -> list[str]:
+    found = [f"mixture.{name}={weight} must not be negative" for name, weight in mixture.items() if not weight >= 0]
+    if mixture and not any(weight > 0 for weight in mixture.values()):
+        found.append("mixture gives every source the weight 0; give one more")
+    return found
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The transformer around attention and experts."""
@@ -35,17 +42,21 @@ class ModelConfig:
     dense_layers: int  # first layers whose MLP is dense; the others are mixtures of experts
     max_seq_len: int  # longest row the positions are meant for
     rope_theta: float
+    rope_factor: float  # YaRN: stretches positions for rows so many times rope_trained_len; 1: none
+    rope_trained_len: int  # tokens of the rows that the positions are trained at before they are stretched
     norm_eps: float
     tied_embeddings: bool
     init_std: float
 
     def problems(self) -> list[str]:
         found = _not_positive(self, "vocab", "layers", "width", "heads", "kv_heads", "key_dim", "value_dim")
-        found += _not_positive(self, "max_seq_len", "rope_theta", "norm_eps", "init_std")
+        found += _not_positive(self, "max_seq_len", "rope_theta", "rope_trained_len", "norm_eps", "init_std")
         if self.kv_heads > 0 and self.heads % self.kv_heads:
             found.append(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
         if self.key_dim % 2:
             found.append(f"key_dim={self.key_dim} must be even: RoPE rotates pairs")
+        if not self.rope_factor >= 1:
+            found.append(f"rope_factor={self.rope_factor} must be 1 (none) or more")
         if self.vocab < 300:
             found.append(f"vocab={self.vocab} leaves no room beside 256 byte pieces; use at least 300")
         if not 0 <= self.dense_layers <= self.layers:
@@ -120,35 +131,91 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where text comes from and how it becomes packed rows."""
+class SourceConfig:
+    """One origin of documents."""
 
-    source: Literal["stdlib", "files"]  # the interpreter's own library, or `paths`
-    name: str  # what the prepared corpus is called
+    kind: Literal["stdlib", "files", "tree", "tar", "hub", "recall"]
     root: str  # folder under which `paths` and `heldout_paths` lie
-    paths: tuple[str, ...]  # .jsonl, .jsonl.zst, .parquet, text files, or folders of them
+    paths: tuple[str, ...]  # files: files or folders; tree: folders; tar: archives; hub: names of data sets
     heldout_paths: tuple[str, ...]  # empty: a share of the documents is held out
     heldout_share: float  # of the documents, chosen by a hash of their text
-    text_field: str  # of a jsonl or parquet record
-    prepared_dir: str  # tokenised corpora and their tokenizers
-    tokenizer: str | None  # a SentencePiece .model file; null: trained on the corpus
-    tokenizer_kind: Literal["bpe", "unigram"]
-    tokenizer_sample_mb: int  # text that the tokenizer is trained on
-    max_documents: int  # in one packed row
+    licence: str | None  # of documents that do not name theirs
+    text_field: str  # of a record in a jsonl, parquet or Arrow file or a data set
+    language_field: str  # of a record
+    languages: tuple[str, ...]  # what `language_field` must say; empty: anything
+    min_chars: int  # of a document; shorter ones are left out
+    max_chars: int | None  # longer ones are left out; null: no limit
+    include: tuple[str, ...]  # tree, tar: patterns of paths that count, such as *.py; empty: every file of text
+    exclude: tuple[str, ...]  # tree, tar: patterns of paths that do not
+    depth: int | None  # tree, tar: folders so many levels deep become one document each; null: every folder by itself
+    subset: str | None  # hub: part of the data set: its name, or, with a slash, its folder
+    hub_split: str  # hub: split of the data set
+    revision: str | None  # hub: commit or tag; null: what is newest when it is read
+    take: int | None  # hub: the first so many records; null: all; recall: so many documents
 
     def problems(self) -> list[str]:
-        found = _not_positive(self, "tokenizer_sample_mb", "max_documents")
-        if not SAFE_NAME.fullmatch(self.name):
-            found.append(f"name={self.name!r} may hold letters, digits and . _ - only, 100 at most")
-        if self.source == "files" and not self.paths:
+        sizes = {key: getattr(self, key) for key in ("min_chars", "max_chars", "depth")}
+        found = [f"{key}={size} must not be negative" for key, size in sizes.items() if size is not None and size < 0]
+        if self.kind != "stdlib" and not self.paths:
             found.append("paths is empty; name files or folders under data.root, like data.paths=[books.jsonl.zst]")
         if not self.heldout_paths and not 0 < self.heldout_share < 1:
             found.append(f"heldout_share={self.heldout_share} must lie between 0 and 1")
+        if self.languages and self.kind not in ("files", "hub"):
+            found.append(f"languages={list(self.languages)} needs records, which kind={self.kind} has not")
+        if self.kind == "recall" and (self.take is None or self.max_chars is None or self.min_chars < 1):
+            found.append(
+                "kind=recall needs take (documents), min_chars and max_chars: it makes documents of such sizes"
+            )
+        if self.take is not None and self.take <= 0:
+            found.append(f"take={self.take} must be positive, or null for all")
         root = Path(self.root).resolve()
-        for path in (*self.paths, *self.heldout_paths):
+        for path in () if self.kind == "hub" else (*self.paths, *self.heldout_paths):
             if not (root / path).resolve().is_relative_to(root):
                 found.append(f"paths: {path} leaves data.root={self.root}; set data.root to the folder that holds it")
         return found
+
+
+@dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    """Where text comes from and how it becomes packed rows.
+
+    The keys of a source describe the only one, or, where `sources` names several, what these have in common.
+    """
+
+    name: str  # what the prepared corpus is called
+    sources: dict[str, SourceConfig]  # name -> keys that differ from those beside it; empty: one source
+    on_error: Literal["stop", "skip"]  # at a record or file that cannot be read: end, or go on and count
+    near_duplicates: float | None  # leave out documents at least so alike, 0 to 1; null: exact duplicates only
+    workers: int  # processes that tokenise; 0: one per core
+    prepared_dir: str  # tokenised corpora and their tokenizers
+    tokenizer: str | None  # a SentencePiece .model, a tokenizer.json or its folder; null: trained on the corpus
+    tokenizer_kind: Literal["bpe", "unigram"]
+    tokenizer_sample_mb: int  # text that the tokenizer is trained on
+    packing: Literal["best_fit", "concat", "long"]  # how documents share rows
+    max_documents: int  # in a packed row of 8192 tokens; in proportion in longer ones
+    align: int  # documents are padded at their end to a multiple of this; 1: not at all
+    long_copies: int  # packing=long: how often an epoch holds a document that is longer than a row
+    mixture: dict[str, float]  # source, or pattern of sources -> share of the tokens; empty: as the corpus has them
+
+    def problems(self) -> list[str]:
+        found = _not_positive(self, "tokenizer_sample_mb", "max_documents", "align", "long_copies")
+        found += _mixture_problems(self.mixture)
+        names = [("name", self.name), *(("sources", name) for name in self.sources)]
+        found += [
+            f"{key}={name!r} may hold letters, digits and . _ - only, 100 at most"
+            for key, name in names
+            if not SAFE_NAME.fullmatch(name)
+        ]
+        if self.workers < 0:
+            found.append(f"workers={self.workers} must not be negative; 0 is one per core")
+        if self.near_duplicates is not None and not 0 < self.near_duplicates < 1:
+            found.append(f"near_duplicates={self.near_duplicates} must lie between 0 and 1")
+        return found if self.sources else found + super().problems()
+
+    @property
+    def named_sources(self) -> dict[str, SourceConfig]:
+        """`sources`, or this section itself as the only one."""
+        return self.sources or {self.name: self}
 
 
 @dataclass(frozen=True)
@@ -236,6 +303,48 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True)
+class StageConfig:
+    """A part of a run with its own length of rows. Tokens in a step stay those of the trainer."""
+
+    tokens: int | None  # that the stage reads, rounded up to whole steps; null, in the last one: until the run ends
+    seq_len: int  # tokens in a row
+    mixture: dict[str, float]  # as data.mixture; empty: that one
+    rope_factor: float  # YaRN: seq_len over model.rope_trained_len, or 1
+
+    def problems(self) -> list[str]:
+        found = _mixture_problems(self.mixture)
+        if self.tokens is not None and self.tokens <= 0:
+            found.append(f"tokens={self.tokens} must be positive")
+        if self.seq_len < 2:
+            found.append(f"seq_len={self.seq_len} leaves nothing to predict; use at least 2")
+        if not self.rope_factor >= 1:
+            found.append(f"rope_factor={self.rope_factor} must be 1 (none) or more")
+        return found
+
+
+@dataclass(frozen=True)
+class StagesConfig:
+    """Stages in their order. Without any, the whole run has rows of trainer.seq_len."""
+
+    parts: dict[str, StageConfig]
+
+    def problems(self) -> list[str]:
+        found, last = [], next(reversed(self.parts), None)
+        for name, part in self.parts.items():
+            if name != last and part.tokens is None:
+                found.append(f"parts.{name}.tokens is null, which only the last stage may be; say how many it reads")
+            if name == last and part.tokens is not None:
+                found.append(f"parts.{name}.tokens={part.tokens}: the last stage lasts until the run ends; set null")
+        longest = max((part.seq_len for part in self.parts.values()), default=0)
+        found += [
+            f"parts.{name}.seq_len={part.seq_len} does not divide the longest stage's {longest}"
+            for name, part in self.parts.items()
+            if part.seq_len > 0 and longest % part.seq_len
+        ]
+        return found
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     """Weights & Biases. metrics.jsonl and the console are always on."""
 
@@ -265,6 +374,7 @@ class Config:
     schedule: ScheduleConfig
     parallel: ParallelConfig
     trainer: TrainerConfig
+    stages: StagesConfig
     logging: LoggingConfig
 
     def problems(self) -> list[str]:
@@ -273,15 +383,38 @@ class Config:
             found.append(f"name={self.name!r} may hold letters, digits and . _ - only, 100 at most")
         if self.seed < 0:
             found.append(f"seed={self.seed} must not be negative")
-        if self.trainer.seq_len > self.model.max_seq_len:
-            found.append(
-                f"trainer.seq_len={self.trainer.seq_len} is beyond model.max_seq_len={self.model.max_seq_len}; "
-                "shorten the row, or raise the model's limit"
-            )
+        rows = {"trainer": self.trainer.seq_len}
+        rows |= {f"stages.parts.{name}": part.seq_len for name, part in self.stages.parts.items()}
+        for place, seq_len in rows.items():
+            if seq_len > self.model.max_seq_len:
+                found.append(
+                    f"{place}.seq_len={seq_len} is beyond model.max_seq_len={self.model.max_seq_len}; "
+                    "shorten the row, or raise the model's limit"
+                )
+            if self.data.align > 0 and seq_len % self.data.align:
+                found.append(f"{place}.seq_len={seq_len} is not a multiple of data.align={self.data.align}")
+        found += self._stage_problems()
         if self.trainer.seq_len < 2:
             found.append(f"trainer.seq_len={self.trainer.seq_len} leaves nothing to predict; use at least 2")
         if self.parallel.zero_stage == 1 and self.trainer.dtype == "bf16":
             found.append("parallel.zero_stage=1 sums bf16 gradients in bf16; use parallel.zero_stage=2")
+        return found
+
+    def _stage_problems(self) -> list[str]:
+        step_tokens = self.trainer.seq_len * self.trainer.batch_rows
+        found, before = [], 0
+        for name, part in self.stages.parts.items():
+            if part.seq_len > 0 and step_tokens % part.seq_len:
+                found.append(
+                    f"stages.parts.{name}.seq_len={part.seq_len} does not divide a step's {step_tokens} tokens "
+                    "(trainer.batch_rows x trainer.seq_len)"
+                )
+            if before >= self.trainer.steps * step_tokens > 0:
+                found.append(
+                    f"stages.parts.{name} is never reached: the stages before it read {before} tokens, the run "
+                    f"{self.trainer.steps * step_tokens}; raise trainer.steps"
+                )
+            before += part.tokens or 0
         return found
 
     @property

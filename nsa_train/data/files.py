@@ -1,18 +1,21 @@
-"""Documents in the user's own files: jsonl (plain or zstd), parquet, plain text, and folders of them."""
+"""Documents in files of records or text: jsonl (plain, gzip, zstd), parquet, Arrow, plain text, folders of them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nsa_train.config.schema import SourceConfig
+from nsa_train.data.ledger import Ledger
+from nsa_train.data.streams import file_chunks, lines
 from nsa_train.errors import DataError
 
-CHUNK_BYTES = 1 << 20
-PARQUET_ROWS = 256  # a row may be a whole book
-ZSTD_WINDOW_BYTES = 1 << 31  # what `zstd --long=31` writes; the library's own limit is smaller
+JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".jsonl.bz2")
+ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # of the stream format
+TABLE_ROWS = 256  # a row may be a whole book
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,13 @@ class Document:
     text: str
     source: str
     title: str
+    licence: str | None = None
 
 
 def input_files(root: str, paths: Sequence[str]) -> list[Path]:
     """The files behind `paths`, relative to `root`: folders are searched below, hidden names are skipped, sorted.
 
-    Raises DataError for a path that does not exist.
+    Raises DataError for a path that does not exist, or leads out of `root` by a link.
     """
     base, found = Path(root), []
     for path in sorted(paths):
@@ -39,25 +43,51 @@ def input_files(root: str, paths: Sequence[str]) -> list[Path]:
             found.append(full)
         else:
             raise DataError(f"{full}: no such file or folder; data.paths and data.heldout_paths lie under data.root")
+    real = base.resolve()
+    for file in found:
+        if file.is_symlink() and not file.resolve().is_relative_to(real):
+            raise DataError(f"{file}: links to {file.resolve()}, outside data.root={root}; set data.root above both")
     return list(dict.fromkeys(found))
 
 
-def file_documents(root: str, paths: Sequence[str], text_field: str) -> Iterator[Document]:
-    """Documents of all files, in the order of `input_files`. Empty ones are skipped.
+def file_documents(source: SourceConfig, paths: Sequence[str], ledger: Ledger) -> Iterator[Document]:
+    """Documents of all files, in the order of `input_files`."""
+    for path in input_files(source.root, paths):
+        name = path.relative_to(source.root).as_posix()
+        if name.endswith(JSONL):
+            documents = _jsonl(path, name, source, ledger)
+        elif name.endswith(".parquet"):
+            documents = _table(_parquet_batches(path, name, source.text_field), path, name, source, ledger)
+        elif name.endswith(".arrow"):
+            documents = _table(_arrow_batches(path, name, source.text_field), path, name, source, ledger)
+        else:
+            documents = _plain(path, name)
+        yield from ledger.guard(documents, name)
 
-    Raises DataError with the file, and the line or row, for what cannot be read.
-    """
-    for path in input_files(root, paths):
-        name = path.relative_to(root).as_posix()
-        try:
-            if name.endswith((".jsonl", ".jsonl.zst")):
-                yield from _jsonl(path, name, text_field)
-            elif name.endswith(".parquet"):
-                yield from _parquet(path, name, text_field)
-            else:
-                yield from _plain(path, name)
-        except OSError as error:
-            raise DataError(f"{name}: cannot be read ({error.strerror or error})") from error
+
+def record_document(
+    record: dict[str, Any], source: SourceConfig, place: str, group: str, ledger: Ledger
+) -> Iterator[Document]:
+    """The record's document, or nothing where its text is null or its language another."""
+    for field in (source.text_field, *([source.language_field] if source.languages else [])):
+        if field not in record:
+            ledger.refuse(_no_field(place, field, record))
+            return
+    text = record[source.text_field]
+    if source.languages and record[source.language_field] not in source.languages:
+        ledger.leave_out("language")
+    elif text is not None and not isinstance(text, str):
+        ledger.refuse(f"{place}: field {source.text_field!r} is a {type(text).__name__}, not text")
+    elif problem := _surrogate(text or ""):
+        ledger.refuse(f"{place}: {problem}")
+    else:
+        licence = record.get("licence") or record.get("license")
+        yield Document(
+            text or "",
+            str(record.get("source") or group),
+            str(record.get("title") or place),
+            licence if isinstance(licence, str) else None,
+        )
 
 
 def _hidden(path: Path) -> bool:
@@ -71,98 +101,90 @@ def _plain(path: Path, name: str) -> Iterator[Document]:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(f"{name}:{line}: not UTF-8 (byte {error.start} of the file)") from error
-    if text:
-        yield Document(text, path.stem, name)
+    yield Document(text, path.stem, name)
 
 
-def _jsonl(path: Path, name: str, text_field: str) -> Iterator[Document]:
-    for number, line in enumerate(_lines(path, name), start=1):
+def _jsonl(path: Path, name: str, source: SourceConfig, ledger: Ledger) -> Iterator[Document]:
+    group = path.name.split(".")[0]
+    for number, line in enumerate(lines(file_chunks(path, name)), start=1):
         if not line.strip():
             continue
         place = f"{name}:{number}"
         try:
             record = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
-            raise DataError(f"{place}: not UTF-8 (byte {error.start} of the line)") from error
-        except ValueError as error:
-            raise DataError(f"{place}: not JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{place}: a JSON {type(record).__name__}, not a record with a field {text_field!r}")
-        yield from _document(record, text_field, place, path.name.split(".")[0])
+            ledger.refuse(f"{place}: not UTF-8 (byte {error.start} of the line)", error)
+        except (ValueError, RecursionError) as error:
+            ledger.refuse(f"{place}: not JSON ({error})", error)
+        else:
+            if isinstance(record, dict):
+                yield from record_document(record, source, place, group, ledger)
+            else:
+                kind = type(record).__name__
+                ledger.refuse(f"{place}: a JSON {kind}, not a record with a field {source.text_field!r}")
 
 
-def _lines(path: Path, name: str) -> Iterator[bytes]:
-    rest = b""
-    for chunk in _zstd_chunks(path, name) if path.suffix == ".zst" else _chunks(path):
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-    if rest:
-        yield rest
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk
-
-
-def _zstd_chunks(path: Path, name: str) -> Iterator[bytes]:
-    """Decompressed content, frame after frame. The library's own reader takes a cut file for a complete one."""
-    import zstandard
-
-    decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES)
-    frame = decompressor.decompressobj()
-    try:
-        for chunk in _chunks(path):
-            while chunk:
-                if frame.eof:
-                    frame = decompressor.decompressobj()
-                yield frame.decompress(chunk)
-                chunk = frame.unused_data if frame.eof else b""
-    except zstandard.ZstdError as error:
-        raise DataError(f"{name}: not zstd, or damaged ({error})") from error
-    if not frame.eof:
-        raise DataError(f"{name}: ends inside a zstd frame; copy the file again")
-
-
-def _parquet(path: Path, name: str, text_field: str) -> Iterator[Document]:
+def _table(batches: Iterable[Any], path: Path, name: str, source: SourceConfig, ledger: Ledger) -> Iterator[Document]:
+    """Documents of the rows of Arrow record batches."""
     import pyarrow
-    from pyarrow import parquet
 
+    wanted = {source.text_field, source.language_field, "source", "title", "licence", "license"}
+    row = 0
     try:
-        with parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            if text_field not in columns:
-                raise DataError(_no_field(name, text_field, columns))
-            wanted = [key for key in (text_field, "source", "title") if key in columns]
-            row = 0
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=wanted):
-                for record in batch.to_pylist():
+        for batch in batches:
+            columns = [column for column in batch.schema.names if column in wanted]
+            for start in range(0, batch.num_rows, TABLE_ROWS):
+                for record in batch.select(columns).slice(start, TABLE_ROWS).to_pylist():
                     row += 1
-                    yield from _document(record, text_field, f"{name}: row {row}", path.stem)
+                    yield from record_document(record, source, f"{name}: row {row}", path.stem, ledger)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{name}: not parquet, or damaged ({error})") from error
+        raise DataError(f"{name}: not {path.suffix[1:]}, or damaged ({error})") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 behind row {row} ({error.reason})") from error
 
 
-def _document(record: dict[str, Any], text_field: str, place: str, source: str) -> Iterator[Document]:
-    """The record's document, or nothing where its text is null or empty."""
-    if text_field not in record:
-        raise DataError(_no_field(place, text_field, record))
-    text = record[text_field]
-    if text is None or text == "":
-        return
-    if not isinstance(text, str):
-        raise DataError(f"{place}: field {text_field!r} is a {type(text).__name__}, not text")
+def _parquet_batches(path: Path, name: str, text_field: str) -> Iterator[Any]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        _need_column(name, text_field, file.schema_arrow.names)
+        yield from file.iter_batches(batch_size=TABLE_ROWS)
+
+
+def _arrow_batches(path: Path, name: str, text_field: str) -> Iterator[Any]:
+    """Record batches of an Arrow file in either of its two formats; `datasets` writes the stream format."""
+    from pyarrow import ipc, memory_map
+
+    with memory_map(str(path)) as file:
+        if file.read(6) == b"ARROW1":
+            reader = ipc.open_file(file)
+            _need_column(name, text_field, reader.schema.names)
+            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            file.seek(file.size() - len(ARROW_END) if file.size() > len(ARROW_END) else 0)
+            cut = file.read() != ARROW_END
+            file.seek(0)
+            stream = ipc.open_stream(file)
+            _need_column(name, text_field, stream.schema.names)
+            yield from stream
+            if cut:
+                raise DataError(f"{name}: ends without an Arrow stream's end mark; copy the file again")
+
+
+def _need_column(name: str, text_field: str, columns: Sequence[str]) -> None:
+    if text_field not in columns:
+        raise DataError(_no_field(name, text_field, columns))
+
+
+def _no_field(place: str, field: str, fields: Iterable[str]) -> str:
+    found = ", ".join(sorted(fields)) or "an empty record"
+    return f"{place}: no field {field!r}, only {found}; set data.text_field or data.language_field"
+
+
+def _surrogate(text: str) -> str | None:
+    """JSON may spell half of a surrogate pair, which no UTF-8 has."""
     try:
-        text.encode("utf-8")  # JSON may spell half of a surrogate pair
+        text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{place}: not UTF-8 (character {error.start} of the text is half a surrogate pair)") from error
-    yield Document(text, str(record.get("source") or source), str(record.get("title") or place))
-
-
-def _no_field(place: str, text_field: str, fields: Any) -> str:
-    return (
-        f"{place}: no field {text_field!r}, only {', '.join(sorted(fields)) or 'an empty record'}; set data.text_field"
-    )
+        return f"not UTF-8 (character {error.start} of the text is half a surrogate pair)"
+    return None

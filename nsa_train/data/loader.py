@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from nsa_train import runtime
-from nsa_train.data.pack import make_plan
+from nsa_train.config.schema import DataConfig
+from nsa_train.data.mixture import EVERYTHING, Mixture, Stream, groups_of
+from nsa_train.data.pack import PACKING_KEYS, Plan, Stretches, aligned, documents_in_row, make_plan
+from nsa_train.data.stages import Stage
 from nsa_train.data.store import TokenStore
 from nsa_train.errors import ConfigError, DataError
 from nsa_train.packing import Packing
@@ -23,21 +27,34 @@ PADDING_TOKEN = 0
 NO_SOURCE = -1
 
 
+class Row(NamedTuple):
+    """A packed row: its number in a plan."""
+
+    plan: Plan
+    number: int
+
+    @property
+    def pieces(self) -> slice:
+        return slice(*self.plan.row_ptr[self.number : self.number + 2].tolist())
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank: T = rows x seq_len packed tokens.
 
     tokens   [T]  int64
     labels   [T]  int64, the next token; NO_LABEL at the last token of a document, or of a piece of one, and on padding
-    packing       the pieces; the padding of a row is one last document of its own. Bounds are padded to
-                  rows x (max_documents + 1) documents
+    packing       the pieces, each with its padding to a multiple of `data.align`; the padding of a row is one last
+                  document of its own. Bounds are padded to rows x (documents in a row + 1) documents
     sources  [T]  int32, index into the manifest's sources, NO_SOURCE on padding
+    places   [T]  int32, place in the whole document, of which the model may see a piece only; 0 on padding
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     packing: Packing
     sources: torch.Tensor
+    places: torch.Tensor
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(
@@ -45,112 +62,232 @@ class Batch:
             self.labels.to(device, non_blocking=True),
             self.packing.to(device),
             self.sources.to(device, non_blocking=True),
+            self.places.to(device, non_blocking=True),
         )
 
 
 class Loader:
-    """Rows of one split in a seeded order, epoch after epoch. Holds no position: the step is the position."""
+    """Rows of one split in a seeded order, stage after stage. Holds no position: the step is the position."""
 
-    def __init__(self, store: TokenStore, seq_len: int, max_documents: int, batch_rows: int, seed: int) -> None:
-        self._store, self._seed = store, seed
-        self._seq_len, self._max_documents, self._batch_rows = seq_len, max_documents, batch_rows
-        self._plan = make_plan(store.lengths, seq_len, max_documents)
-        tokens_before = np.concatenate([[0], np.cumsum(self._plan.length, dtype=np.int64)])
-        self._row_tokens = np.diff(tokens_before[self._plan.row_ptr])
-        self._order = lru_cache(maxsize=2)(self._permutation)  # a step may end one epoch and begin the next
-        identity = [store.hash, store.split, seq_len, max_documents, batch_rows, seed]
+    def __init__(self, store: TokenStore, stages: Sequence[Stage], data: DataConfig, seed: int) -> None:
+        """Raises DataError for a mixture that does not fit the corpus, and for a corpus smaller than one row.
+
+        The held-out split is read in its own proportions, whatever the mixture, and may be smaller than a row.
+        """
+        self._store, self._data, self._seed = store, data, seed
+        self._tokens = np.asarray(store.tokens)  # slices of a memory map itself cost more than copying them
+        self._training = store.split == "train"
+        self.stages = tuple(s if self._training else dataclasses.replace(s, mixture={}) for s in stages)
+        self._names: list[str] = store.manifest["sources"]
+        self._count = np.arange(max(stage.seq_len for stage in stages), dtype=np.int32)
+        self._mixture = lru_cache(maxsize=None)(self._make_mixture)
+        facts = [(s.first_step, s.seq_len, s.batch_rows, sorted(s.mixture.items())) for s in self.stages]
+        identity = [store.hash, store.split, facts, [getattr(data, key) for key in PACKING_KEYS], seed]
         self.fingerprint: str = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        self._check_sizes()
+
+    # What a step reads ------------------------------------------------------------------------------------------------
+
+    def stage(self, step: int) -> Stage:
+        return self.stages[self._stage_number(step)]
+
+    def step_rows(self, step: int) -> list[Row]:
+        """Rows of a step, counted from 0, over all ranks. Epochs follow one another without a gap."""
+        number = self._stage_number(step)
+        stage, mixture = self.stages[number], self._mixture(number)
+        first = (step - stage.first_step) * stage.batch_rows
+        return [Row(*mixture.row(place)) for place in range(first, first + stage.batch_rows)]
+
+    def label_tokens(self, step: int) -> int:
+        """Labels in a step over all ranks; every rank knows it without asking the others."""
+        return sum(int(plan.length[pieces].sum()) - (pieces.stop - pieces.start)
+                   for plan, pieces in ((row.plan, row.pieces) for row in self.step_rows(step)))  # fmt: skip
+
+    def micro_batches(self, step: int, rank: int, world: int, micro_rows: int) -> Iterator[Batch]:
+        """This rank's share of a step in micro-batches of equal size; ranks and micro-batches do work alike.
+
+        They hold the largest divisor of the rank's rows that is not above micro_rows. Raises ConfigError when the
+        ranks cannot share the rows evenly.
+        """
+        rows = self.step_rows(step)
+        if len(rows) % world:
+            stage = self.stage(step)
+            raise ConfigError(
+                f"{len(rows)} rows of {stage.seq_len} tokens in a step are not a multiple of the {world} ranks"
+            )
+        mine = deal([int(row.plan.row_cost[row.number]) for row in rows], world)[rank]
+        size = largest_divisor(len(mine), micro_rows)
+        for at in range(0, len(mine), size):
+            yield self._batch([rows[i] for i in mine[at : at + size]])
+
+    def sequential(self, rows: int, rank: int, world: int, micro_rows: int, step: int = 0) -> Iterator[Batch]:
+        """This rank's share of the first `rows` rows of an order that only a new stage changes; for validation.
+
+        The order is a seeded shuffle, so few rows hold many documents. Ranks may get a row more or less than others,
+        or none; the last micro-batch may be smaller.
+        """
+        plan = self._mixture(self._stage_number(step)).streams[0].whole
+        order = np.random.default_rng(runtime.seed_of(self._seed, "order", "validation")).permutation(plan.rows)
+        mine = order[:rows][rank::world].tolist()
+        for at in range(0, len(mine), micro_rows):
+            yield self._batch([Row(plan, number) for number in mine[at : at + micro_rows]])
+
+    # What a run has read ----------------------------------------------------------------------------------------------
+
+    def tokens_read(self, steps: int) -> np.ndarray:
+        """Tokens of each source in the first `steps` steps, int64 [sources]."""
+        found = np.zeros(len(self._names), np.int64)
+        for number, stage in enumerate(self.stages):
+            rows = (min(steps, self._end(number, steps)) - stage.first_step) * stage.batch_rows
+            if rows > 0:
+                parts = self._mixture(number).of_streams(
+                    rows, lambda stream, n: stream.tokens_by_source(n, self._store.sources, len(self._names))
+                )
+                found += sum(parts)
+        return found
+
+    def epochs(self, steps: int) -> dict[str, float]:
+        """How often the first `steps` steps read each source."""
+        sizes = np.bincount(self._store.sources, weights=self._store.lengths, minlength=len(self._names))
+        read = self.tokens_read(steps)
+        return {name: read[i] / sizes[i] for i, name in enumerate(self._names) if sizes[i]}
+
+    def streams(self, step: int) -> list[Stream]:
+        """Plans of the stage that a step lies in, one per group of the mixture."""
+        return self._mixture(self._stage_number(step)).streams
+
+    def utilisation(self, step: int) -> float:
+        """Share of the places in an epoch's rows that hold a token, 0 to 1, weighted by the mixture."""
+        streams = self.streams(step)
+        total = sum(s.group.weight for s in streams)
+        return total / sum(s.group.weight / s.whole.utilisation for s in streams)
 
     @property
-    def rows(self) -> int:
-        """Rows in an epoch."""
-        return self._plan.rows
+    def packing(self) -> str:
+        return self._data.packing
 
     @property
-    def tokens_per_epoch(self) -> int:
-        """Tokens of the split, without padding."""
-        return self._plan.tokens
-
-    @property
-    def utilisation(self) -> float:
-        """Share of an epoch's places that hold a token, 0 to 1."""
-        return self._plan.utilisation
+    def longest_document(self) -> int:
+        """Its tokens."""
+        return int(self._store.lengths.max())
 
     @property
     def corpus_hash(self) -> str:
         return self._store.hash
 
-    def step_rows(self, step: int) -> list[int]:
-        """Rows of a step, counted from 0, over all ranks. Epochs follow one another without a gap."""
-        places = range(step * self._batch_rows, (step + 1) * self._batch_rows)
-        return [int(self._order(place // self.rows)[place % self.rows]) for place in places]
-
-    def label_tokens(self, step: int) -> int:
-        """Labels in a step over all ranks; every rank knows it without asking the others."""
-        rows = np.array(self.step_rows(step))
-        pieces = self._plan.row_ptr[rows + 1] - self._plan.row_ptr[rows]
-        return int((self._row_tokens[rows] - pieces).sum())
-
-    def micro_batches(self, step: int, rank: int, world: int, micro_rows: int) -> Iterator[Batch]:
-        """This rank's share of a step: rows rank, rank + world, ... in micro-batches of equal size.
-
-        They hold the largest divisor of the rank's rows that is not above micro_rows. Raises ConfigError when the
-        ranks cannot share the rows evenly.
-        """
-        if self._batch_rows % world:
-            raise ConfigError(f"trainer.batch_rows={self._batch_rows} is not a multiple of the {world} ranks")
-        mine = self.step_rows(step)[rank::world]
-        size = largest_divisor(len(mine), micro_rows)
-        for at in range(0, len(mine), size):
-            yield self._batch(mine[at : at + size])
-
-    def sequential(self, rows: int, rank: int, world: int, micro_rows: int) -> Iterator[Batch]:
-        """This rank's share of the first `rows` rows of an order that never changes; for validation.
-
-        The order is a seeded shuffle, so few rows hold many documents. Ranks may get a row more or less than others,
-        or none; the last micro-batch may be smaller.
-        """
-        mine = self._order("validation")[:rows][rank::world].tolist()
-        for at in range(0, len(mine), micro_rows):
-            yield self._batch(mine[at : at + micro_rows])
-
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint keeps after `step` steps."""
-        return {"step": step, "rows_consumed": step * self._batch_rows, "fingerprint": self.fingerprint}
+        """What a checkpoint keeps after `step` steps. Only the step is needed to go on; the rest says what it means."""
+        stage = self.stage(step)
+        rows = (step - stage.first_step) * stage.batch_rows
+        return {
+            "step": step, "stage": stage.name, "rows_consumed": rows,
+            "epoch": sum(self.tokens_read(step).tolist()) / int(self._store.offsets[-1]), "seed": self._seed,
+            "fingerprint": self.fingerprint,
+        }  # fmt: skip
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise DataError unless a checkpoint's state belongs to this corpus, packing, batch and seed."""
         if state["fingerprint"] != self.fingerprint:
             raise DataError(
                 f"the checkpoint at step {state['step']} read other rows (fingerprint {state['fingerprint'][:12]}, now "
-                f"{self.fingerprint[:12]}): the corpus, trainer.seq_len, trainer.batch_rows, data.max_documents or "
-                "seed changed; set them back, or start under a new name"
+                f"{self.fingerprint[:12]}): the corpus, trainer.seq_len, trainer.batch_rows, the packing or mixture in "
+                "data, stages or seed changed; set them back, or start under a new name"
             )
 
-    def _permutation(self, epoch: int | str) -> np.ndarray:
-        return np.random.default_rng(runtime.seed_of(self._seed, "order", epoch)).permutation(self.rows)
+    # How it is made ---------------------------------------------------------------------------------------------------
 
-    def _batch(self, rows: list[int]) -> Batch:
-        plan, store = self._plan, self._store
-        size = len(rows) * self._seq_len
-        tokens = np.full(size, PADDING_TOKEN, np.int64)
-        labels = np.full(size, NO_LABEL, np.int64)
-        sources = np.full(size, NO_SOURCE, np.int32)
-        lengths: list[int] = []
+    def _stage_number(self, step: int) -> int:
+        return max(i for i, stage in enumerate(self.stages) if stage.first_step <= step)
+
+    def _end(self, number: int, otherwise: int) -> int:
+        return self.stages[number + 1].first_step if number + 1 < len(self.stages) else otherwise
+
+    def _plan(self, stretches: Stretches, seq_len: int, copies: int) -> Plan:
+        data = self._data
+        limit = documents_in_row(data.max_documents, seq_len)
+        return make_plan(stretches, seq_len, limit, data.packing, data.align, copies)
+
+    def _make_mixture(self, number: int) -> Mixture:
+        """The streams of a stage. They begin with what earlier stages left unread of each source's epoch."""
+        stage, source_of = self.stages[number], self._store.sources
+        left = self._unseen_before(number) if number else None
+        streams = []
+        for group in groups_of(stage.mixture, self._names):
+            documents = np.flatnonzero(np.isin(source_of, group.sources))
+            whole = self._plan(Stretches.whole(self._store.lengths, documents), stage.seq_len, self._data.long_copies)
+            first = whole
+            if left is not None:
+                first = self._plan(left.only(np.isin(source_of[left.doc], group.sources)), stage.seq_len, 1)
+            streams.append(Stream(group, first, whole, (self._seed, "order", number)))
+        return Mixture(streams)
+
+    def _unseen_before(self, number: int) -> Stretches:
+        """What stages before this one left unread of the epochs in which they ended."""
+        stage, mixture = self.stages[number - 1], self._mixture(number - 1)
+        rows = (self.stages[number].first_step - stage.first_step) * stage.batch_rows
+        parts = mixture.of_streams(rows, lambda stream, n: stream.unseen(n))
+        read = {source for stream in mixture.streams for source in stream.group.sources}
+        before = Stretches.whole(self._store.lengths) if number == 1 else self._unseen_before(number - 1)
+        parts.append(before.only(~np.isin(self._store.sources[before.doc], sorted(read))))
+        return Stretches.join(parts)
+
+    def _check_sizes(self) -> None:
+        sizes = np.bincount(self._store.sources, weights=self._store.lengths, minlength=len(self._names))
+        for stage in self.stages if self._training else ():
+            for group in groups_of(stage.mixture, self._names):
+                if (tokens := int(sizes[list(group.sources)].sum())) < stage.seq_len:
+                    what = "the corpus" if group.name == EVERYTHING else f"source {group.name}"
+                    raise DataError(
+                        f"{what} has {tokens} tokens, less than one row of {stage.seq_len}; shorten trainer.seq_len or "
+                        "the stage's, or give more text"
+                    )
+
+    def _batch(self, rows: list[Row]) -> Batch:
+        store, seq_len, align = self._store, rows[0].plan.seq_len, rows[0].plan.align
+        kinds = (np.int64, np.int64, np.int32, np.int32)
+        tokens, labels, sources, places = (np.empty(len(rows) * seq_len, kind) for kind in kinds)
+        lengths: list[int] = []  # of the documents as the model sees them, padding included
         for number, row in enumerate(rows):
-            at = number * self._seq_len
-            for piece in range(plan.row_ptr[row], plan.row_ptr[row + 1]):
-                doc, length = int(plan.doc[piece]), int(plan.length[piece])
-                begin = int(store.offsets[doc] + plan.start[piece])
-                tokens[at : at + length] = store.tokens[begin : begin + length]
-                labels[at : at + length - 1] = tokens[at + 1 : at + length]
-                sources[at : at + length] = store.sources[doc]
-                lengths.append(length)
-                at += length
-            if padding := (number + 1) * self._seq_len - at:
-                lengths.append(padding)
-        packing = Packing.from_lengths(lengths, documents=len(rows) * (self._max_documents + 1))
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), packing, torch.from_numpy(sources))
+            at, end = number * seq_len, (number + 1) * seq_len
+            doc, start, length = (getattr(row.plan, key)[row.pieces] for key in ("doc", "start", "length"))
+            numbers = (store.offsets[doc] + start, start, length, aligned(length, align), store.sources[doc])
+            for begin, place, n, width, source in zip(*(values.tolist() for values in numbers), strict=True):
+                tokens[at : at + n] = self._tokens[begin : begin + n]
+                labels[at : at + n - 1] = tokens[at + 1 : at + n]
+                labels[at + n - 1] = NO_LABEL
+                sources[at : at + n] = source
+                np.add(self._count[:n], place, out=places[at : at + n])
+                if width > n:
+                    _pad(slice(at + n, at + width), tokens, labels, sources, places)
+                lengths.append(width)
+                at += width
+            if at < end:
+                _pad(slice(at, end), tokens, labels, sources, places)
+                lengths.append(end - at)
+        limit = documents_in_row(self._data.max_documents, seq_len)
+        packing = Packing.from_lengths(lengths, documents=len(rows) * (limit + 1))
+        tokens, labels, sources, places = map(torch.from_numpy, (tokens, labels, sources, places))
+        return Batch(tokens, labels, packing, sources, places)
+
+
+def _pad(hole: slice, tokens: np.ndarray, labels: np.ndarray, sources: np.ndarray, places: np.ndarray) -> None:
+    tokens[hole], labels[hole], sources[hole], places[hole] = PADDING_TOKEN, NO_LABEL, NO_SOURCE, 0
+
+
+def deal(costs: Sequence[int], world: int) -> list[list[int]]:
+    """For each rank the indices of its rows: equally many, total costs alike, and alike at each place of the lists.
+
+    The dearest `world` rows are dealt first, one to each rank, the dearest of them to the rank that has least so far.
+    """
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    hands: list[list[int]] = [[] for _ in range(world)]
+    totals = [0] * world
+    for at in range(0, len(order), world):
+        ranks = sorted(range(world), key=lambda rank: (totals[rank], rank))
+        for rank, row in zip(ranks, order[at : at + world], strict=True):
+            hands[rank].append(row)
+            totals[rank] += costs[row]
+    return hands
 
 
 def largest_divisor(number: int, limit: int) -> int:

@@ -3,159 +3,278 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
 import time
-import uuid
-from array import array
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from nsa_train import runtime
 from nsa_train.config.schema import DataConfig
-from nsa_train.data.files import input_files
-from nsa_train.data.sources import SPLITS, Split, documents
-from nsa_train.data.statistics import split_numbers, target_counts, unigram_entropy
-from nsa_train.data.store import MANIFEST, SCHEMA, SPLIT_FILES, TOKENIZER, read_manifest, sha256_of
+from nsa_train.data import shards
+from nsa_train.data.pack import PACKING_KEYS
+from nsa_train.data.progress import Meter
+from nsa_train.data.selection import DROPPED, SPLITS, Selection, Split, chosen, select
+from nsa_train.data.sources import input_stats
+from nsa_train.data.statistics import packing_numbers, plot_lengths, source_numbers, split_numbers, unigram_entropy
+from nsa_train.data.store import FIGURE, MANIFEST, SCHEMA, SPLIT_FILES, corpus_hash, read_manifest, sha256_of
 from nsa_train.data.tokenizer import Tokenizer, train_tokenizer
-from nsa_train.errors import DataError, StorageError
+from nsa_train.errors import DataError, Interrupted, StorageError
 
-PROGRESS_S = 5.0
+WAIT_S = 0.2
+MOST_WORKERS = 16  # unless more are asked for: one process reads for all of them, 50 to 150 MB/s
 SAMPLE_SEED = 0  # of the tokenizer's lines: runs of different seeds share one corpus
-LICENCES = {"stdlib": "PSF-2.0"}
-NOT_IN_KEY = ("prepared_dir", "max_documents")  # where the result lies, and what the loader does with it
+NOT_IN_KEY = ("prepared_dir", "workers", "mixture", *PACKING_KEYS)  # where, how fast, and what the loader does
 
 
 def prepare(data: DataConfig, vocab: int, progress: Callable[[str], None]) -> Path:
     """The folder of the tokenised corpus; built on the first call, found again by every later one.
 
-    The folder is named after everything that decides its content, so a changed input gets a new folder.
-    `progress` gets a line every few seconds. Safe against a kill and
-    against other processes that prepare the same corpus.
-    Raises DataError for unusable input, StorageError where the folder cannot be written.
+    The folder is named after everything that decides its content, so a changed input gets a new folder. A killed call
+    leaves its finished shards, and the next one goes on behind them. Other processes that prepare the same corpus
+    wait. `progress` gets a line every few seconds.
+    Raises DataError for unusable input, StorageError where the folder cannot be written, Interrupted by Ctrl-C.
     """
     base = Path(data.prepared_dir)
     folder = base / f"{data.name}-{_key(data, vocab)}"
-    building = base / f".{folder.name}-{uuid.uuid4().hex[:8]}"
+    building = base / f".{folder.name}"
     try:
-        if not folder.exists():
-            building.mkdir(parents=True)
-            _build(data, vocab, building, progress)
-            _publish(building, folder)
+        if not folder.exists() or building.exists():
+            with _lock(building, progress):
+                try:
+                    if not folder.exists():
+                        _build(data, vocab, building, progress).rename(folder)
+                except DataError:
+                    shutil.rmtree(building, ignore_errors=True)
+                    raise
+                shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
         place, reason = error.filename or building, error.strerror or error
         raise StorageError(f"{place}: cannot be written ({reason}); make room or set data.prepared_dir") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; what is tokenised is kept, and the same command goes on with the rest") from None
     read_manifest(folder)
     return folder
 
 
-def _publish(building: Path, folder: Path) -> None:
-    try:
-        building.rename(folder)
-    except OSError:
-        if not folder.exists():  # otherwise another process was faster, with the same content
-            raise
+def _lock(building: Path, progress: Callable[[str], None]) -> IO[str]:
+    """Wait for the lock of a building site; closing it, or dying, frees it. Its holder may remove the site."""
+    told = False
+    while True:
+        building.mkdir(parents=True, exist_ok=True)
+        file = (building / "lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), (building / "lock").stat()):
+                return file
+        except BlockingIOError:
+            if not told:
+                progress(f"{building}: another process prepares this corpus; waiting for it")
+            told = True
+            time.sleep(WAIT_S)
+        except FileNotFoundError:  # the holder finished and removed the site
+            pass
+        file.close()
 
 
 def _key(data: DataConfig, vocab: int) -> str:
     section = {key: value for key, value in dataclasses.asdict(data).items() if key not in NOT_IN_KEY}
-    paths = [*data.heldout_paths, *(data.paths if data.source == "files" else ())]
-    stats = [(str(path.relative_to(data.root)), path.stat()) for path in input_files(data.root, paths)]
     inputs: dict[str, Any] = {
         "schema": SCHEMA,
         "data": section,
         "vocab": vocab,
-        "files": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
+        "files": input_stats(data),
         "tokenizer": Tokenizer.load(data.tokenizer).sha256 if data.tokenizer else None,
-        "python": platform.python_version() if data.source == "stdlib" else None,
+        "python": _python(data),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _build(data: DataConfig, vocab: int, folder: Path, progress: Callable[[str], None]) -> None:
-    tokenizer = _tokenizer(data, vocab, folder / TOKENIZER, progress)
+def _python(data: DataConfig) -> str | None:
+    """The version of Python, where the corpus is made of its library."""
+    return platform.python_version() if any(s.kind == "stdlib" for s in data.named_sources.values()) else None
+
+
+def _build(data: DataConfig, vocab: int, building: Path, progress: Callable[[str], None]) -> Path:
+    """Everything in its order, each part found again when an earlier call finished it; the finished folder."""
+    started = time.monotonic()
+    selection = _selection(data, building / "selection.npz", progress)
+    tokenizer = _tokenizer(data, vocab, selection, building / "tokenizer", progress)
     dtype = np.dtype("<u2" if vocab <= 65536 else "<u4")
-    names: dict[str, int] = {}
-    written = {split: _write_split(data, split, folder / split, tokenizer, dtype, names, progress) for split in SPLITS}
+    cost = _Cost()
+    files = _tokenise(data, selection, building / "shards", tokenizer, dtype, cost, progress)
+    target = building / "corpus"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    manifest = _assemble(data, vocab, selection, tokenizer, dtype, files, target, cost)
+    facts = cost.facts(time.monotonic() - started)
+    (target / "preparation.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (target / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    progress(
+        f"{data.name}: {facts['wall_s']:.1f} s, {facts['tokens_per_core_s']:,} tokens/s a core, peak memory "
+        f"{facts['peak_mib']:,} MiB and {facts['peak_worker_mib']:,} MiB in each of {facts['workers']} workers"
+    )
+    return target
+
+
+def _selection(data: DataConfig, path: Path, progress: Callable[[str], None]) -> Selection:
+    if not path.exists():
+        with Meter(f"{data.name}: reading", progress) as meter:
+            selection = select(data, meter.add)
+        unfinished = path.with_suffix(".tmp")
+        selection.save(unfinished)
+        unfinished.rename(path)
+    selection = Selection.load(path)
+    if selection.left_out:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in selection.left_out.items())
+        progress(f"{data.name}: left out {reasons}")
+    for line in selection.broken:
+        progress(f"  {line}")
+    return selection
+
+
+def _tokenizer(
+    data: DataConfig, vocab: int, selection: Selection, folder: Path, progress: Callable[[str], None]
+) -> Path:
+    """Where the given tokenizer, or one trained on the training split, lies in `folder`."""
+    if not folder.exists():
+        if data.tokenizer is None:
+            progress(f"{data.name}: training a {data.tokenizer_kind} tokenizer of {vocab} pieces")
+            texts = (document.text for split, document in chosen(data, selection) if split == "train")
+            tokenizer = train_tokenizer(texts, vocab, data.tokenizer_kind, data.tokenizer_sample_mb, SAMPLE_SEED)
+        else:
+            tokenizer = Tokenizer.load(data.tokenizer)
+        if tokenizer.vocab != vocab:
+            raise DataError(
+                f"data.tokenizer={data.tokenizer} has {tokenizer.vocab} pieces but model.vocab={vocab}; "
+                f"set model.vocab={tokenizer.vocab}"
+            )
+        unfinished = folder.with_suffix(".tmp")
+        unfinished.mkdir(exist_ok=True)
+        tokenizer.save(unfinished)
+        unfinished.rename(folder)
+    return next(path for path in sorted(folder.iterdir(), reverse=True) if path.stem == "tokenizer")
+
+
+class _Cost:
+    """What tokenising and packing took; for people, so it stays out of the manifest."""
+
+    def __init__(self) -> None:
+        self.tokens, self.cpu_s, self.peak_worker, self.workers, self.found = 0, 0.0, 0, 1, 0
+        self.packing_s: dict[str, float] = {}
+
+    def add(self, work: shards.Work | None) -> None:
+        if work is None:
+            self.found += 1
+        else:
+            self.tokens += work.tokens
+            self.cpu_s += work.cpu_s
+            self.peak_worker = max(self.peak_worker, work.peak_bytes)
+
+    def facts(self, wall_s: float) -> dict[str, Any]:
+        return {
+            "wall_s": round(wall_s, 2),
+            "workers": self.workers,
+            "shards_found": self.found,
+            "tokens_per_core_s": round(self.tokens / self.cpu_s) if self.cpu_s else 0,
+            "packing_s": self.packing_s,
+            "peak_mib": runtime.peak_resident_bytes() >> 20,
+            "peak_worker_mib": self.peak_worker >> 20,
+        }
+
+
+def _tokenise(
+    data: DataConfig, selection: Selection, folder: Path, tokenizer: Path, dtype: np.dtype, cost: _Cost,
+    progress: Callable[[str], None],
+) -> dict[Split, list[Path]]:  # fmt: skip
+    """Fill `folder` with the shards of the corpus; their files."""
+    folder.mkdir(exist_ok=True)
+    total = int(selection.bytes[selection.fate != DROPPED].sum())
+    cost.workers = min(data.workers or min(runtime.cores(), MOST_WORKERS), 1 + total // shards.SHARD_CHARACTERS)
+    texts = ((split, document.text) for split, document in chosen(data, selection))
+    pieces = shards.shards_of(texts, Tokenizer.load(tokenizer).splits)
+    with Meter(f"{data.name}: tokenising", progress, total) as meter:
+
+        def done(shard: shards.Shard, work: shards.Work | None) -> None:
+            cost.add(work)
+            meter.add(sum(len(text.encode()) for text in shard.texts), work.tokens if work else 0)
+
+        return shards.tokenise(pieces, folder, tokenizer, dtype, cost.workers, done)
+
+
+def _assemble(
+    data: DataConfig, vocab: int, selection: Selection, tokenizer: Path, dtype: np.dtype,
+    files: dict[Split, list[Path]], target: Path, cost: _Cost,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything of the corpus but its manifest, which it gives."""
+    for file in tokenizer.parent.iterdir():
+        shutil.copyfile(file, target / file.name)
+    used = selection.sources[selection.fate != DROPPED]
+    names = [selection.names[i] for i in dict.fromkeys(used.tolist())]
+    place = {name: i for i, name in enumerate(names)}
+    renumbered = np.array([place.get(name, -1) for name in selection.names], np.int32)
     numbers: dict[str, dict[str, Any]] = {}
     counts: dict[str, np.ndarray] = {}
-    for split, (offsets, sources, text_bytes) in written.items():
-        digests = {key: sha256_of(folder / split / name) for name, key in SPLIT_FILES.items()}
-        numbers[split] = split_numbers(np.diff(offsets), sources, list(names)) | {"bytes": text_bytes} | digests
-        tokens = np.memmap(folder / split / "tokens.bin", dtype, mode="r")
-        counts[split] = target_counts(tokens, offsets, vocab)
-    identity = [tokenizer.sha256, dtype.name, *(numbers[s][k] for s in SPLITS for k in ("sha256", "offsets_sha256"))]
+    for split in SPLITS:
+        (target / split).mkdir()
+        offsets, counts[split] = _join(files[split], target / split / "tokens.bin", vocab)
+        mine = selection.of(split)
+        lengths, sources, text_bytes = np.diff(offsets), renumbered[selection.sources[mine]], selection.bytes[mine]
+        np.save(target / split / "offsets.npy", offsets)
+        np.save(target / split / "sources.npy", sources)
+        numbers[split] = split_numbers(lengths, text_bytes) | {
+            "sources": source_numbers(
+                lengths, text_bytes, sources, names, selection.licences[mine], selection.licence_names
+            ),
+            **{key: sha256_of(target / split / name) for name, key in SPLIT_FILES.items()},
+        }
+        if split == "train":
+            numbers[split]["packing"], cost.packing_s = packing_numbers(lengths, data)
+            plot_lengths(lengths, f"{data.name}: {len(lengths):,} documents, {offsets[-1]:,} tokens", target / FIGURE)
     manifest = {
         "schema": SCHEMA,
         "name": data.name,
-        "hash": hashlib.sha256("|".join(identity).encode()).hexdigest(),
-        "tokenizer_sha256": tokenizer.sha256,
+        "hash": "",
+        "tokenizer": tokenizer.name,
+        "tokenizer_sha256": sha256_of(tokenizer),
         "vocab": vocab,
         "dtype": dtype.name,
-        "python": platform.python_version() if data.source == "stdlib" else None,
-        "licence": LICENCES.get(data.source),
+        "python": _python(data),
         "unigram_entropy": unigram_entropy(counts["train"], counts["heldout"]),
-        "sources": list(names),
+        "left_out": selection.left_out,
+        "broken": selection.broken,
+        "sources": names,
         **numbers,
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    return manifest | {"hash": corpus_hash(manifest)}
 
 
-def _tokenizer(data: DataConfig, vocab: int, path: Path, progress: Callable[[str], None]) -> Tokenizer:
-    """The given tokenizer, copied to `path`, or one trained on the training split."""
-    if data.tokenizer is None:
-        progress(f"{data.name}: training a {data.tokenizer_kind} tokenizer of {vocab} pieces")
-        texts = (document.text for document in documents(data, "train"))
-        return train_tokenizer(texts, vocab, data.tokenizer_kind, data.tokenizer_sample_mb, SAMPLE_SEED, path)
-    tokenizer = Tokenizer.load(data.tokenizer)
-    if tokenizer.vocab != vocab:
-        raise DataError(
-            f"data.tokenizer={data.tokenizer} has {tokenizer.vocab} pieces but model.vocab={vocab}; "
-            f"set model.vocab={tokenizer.vocab}"
-        )
-    shutil.copyfile(data.tokenizer, path)
-    return tokenizer
+def _join(files: list[Path], target: Path, vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shards as one file of tokens; offsets int64 [documents + 1], and how often each token is a target, [vocab].
 
-
-def _write_split(
-    data: DataConfig, split: Split, folder: Path, tokenizer: Tokenizer, dtype: np.dtype, names: dict[str, int],
-    progress: Callable[[str], None],
-) -> tuple[np.ndarray, np.ndarray, int]:  # fmt: skip
-    """Tokenise one split into `folder`; new source names get the next number in `names`.
-
-    Gives offsets int64 [documents + 1], sources int32 [documents], and the bytes of text.
+    Every token is a target but a document's first.
     """
-    folder.mkdir()
-    ends, sources, text_bytes = array("q", [0]), array("i"), 0
-    started = reported = time.monotonic()
-
-    def report() -> None:
-        speed = ends[-1] / max(time.monotonic() - started, 1e-3)
-        progress(f"{data.name}/{split}: {text_bytes / 1e6:.1f} MB, {ends[-1]:,} tokens, {speed:,.0f} tokens/s")
-
-    with (folder / "tokens.bin").open("wb") as file:
-        for document in documents(data, split):
-            ids = tokenizer.encode(document.text)
-            file.write(np.append(ids, tokenizer.eos).astype(dtype).tobytes())
-            ends.append(ends[-1] + len(ids) + 1)
-            sources.append(names.setdefault(document.source, len(names)))
-            text_bytes += len(document.text.encode())
-            if time.monotonic() - reported > PROGRESS_S:
-                reported = time.monotonic()
-                report()
+    pieces, ends = [], []
+    targets = np.zeros(vocab, np.int64)
+    begins = True  # a document, with the next piece
+    with target.open("wb") as file:
+        for shard in files:
+            tokens, lengths, last = shards.read_shard(shard)
+            file.write(tokens.data)
+            pieces.append(lengths)
+            ends.append(last)
+            starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+            first = tokens[starts[np.concatenate([[begins], last[:-1]])]]
+            targets += np.bincount(tokens, minlength=vocab) - np.bincount(first, minlength=vocab)
+            begins = bool(last[-1])
         file.flush()
         os.fsync(file.fileno())
-    if not sources:
-        raise DataError(f"corpus {data.name!r} has no document for its {split} split; look at data.paths")
-    report()
-    offsets, indices = np.array(ends, np.int64), np.array(sources, np.int32)
-    np.save(folder / "offsets.npy", offsets)
-    np.save(folder / "sources.npy", indices)
-    return offsets, indices, text_bytes
+    bounds = np.cumsum(np.concatenate(pieces))[np.concatenate(ends)]
+    return np.concatenate([[0], bounds]).astype(np.int64), targets

@@ -1,82 +1,90 @@
-"""Where documents come from, and which of them are held out."""
+"""Where documents come from: one reader per kind of source, and all documents of a corpus in a fixed order."""
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
+import itertools
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from nsa_train.config.schema import DataConfig
-from nsa_train.data.files import Document, file_documents
+from nsa_train.config.schema import DataConfig, SourceConfig
+from nsa_train.data.files import Document, file_documents, input_files, record_document
+from nsa_train.data.ledger import Ledger
+from nsa_train.data.recall import read_recall
+from nsa_train.data.trees import tar_documents, tree_documents, tree_files
 from nsa_train.errors import DataError
-
-Split = Literal["train", "heldout"]
-SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 # Codec tables, the bundled pip, and the programs and grammar tools that nobody imports.
 NOT_CORPUS = {"encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "turtledemo"}
 TEST_FOLDERS = {"test", "tests"}
+NAMED = ("hub", "recall")  # kinds whose paths are names, of data sets, which may also be folders here, or of splits
 
 
-def documents(data: DataConfig, split: Split) -> Iterator[Document]:
-    """Documents of one split in a fixed order, exact duplicates dropped (the first stays).
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A document that the filters let pass, of the source with the number `origin`."""
 
-    With `heldout_paths` those files are the held-out split, and the training split leaves out whatever equals one of
-    them. Otherwise a document is held out where the hash of its text, as a fraction, is below `heldout_share`; at
-    least one document lands in either split. Reads the inputs once more than it yields them, to know that.
-    Raises DataError for inputs that cannot be read, and where there is only one document to split.
+    document: Document
+    origin: int
+    heldout: bool  # it stands in a file of heldout_paths
+
+
+def candidates(data: DataConfig, ledger: Ledger) -> Iterator[Candidate]:
+    """All documents of a corpus, duplicates included: first what the sources declare as held out, then the rest.
+
+    The same inputs give the same order. What is empty, too short or too long is counted in `ledger` and left out.
+    Raises DataError for inputs that cannot be read, unless `data.on_error` says to skip them.
     """
-    seen: set[int] = set()
-    if data.heldout_paths:
-        if split == "heldout":
-            candidates = _heldout_files(data)
+    for heldout in (True, False):
+        for origin, (name, source) in enumerate(data.named_sources.items()):
+            paths = source.heldout_paths if heldout else source.paths
+            if heldout and not paths:
+                continue
+            read = file_documents if heldout and source.kind == "stdlib" else READERS[source.kind]
+            for document in read(source, paths, ledger):
+                if _passes(document, source, ledger):
+                    named = {"source": name} if data.sources else {}
+                    licence = document.licence or source.licence
+                    yield Candidate(dataclasses.replace(document, licence=licence, **named), origin, heldout)
+
+
+def input_stats(data: DataConfig) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of every input file, to notice a changed one.
+
+    Raises DataError for a path that does not exist, or leads out of its root by a link.
+    """
+    found = []
+    for source in data.named_sources.values():
+        paths = (*source.heldout_paths, *(() if source.kind == "stdlib" else source.paths))
+        if source.kind == "tree":
+            files = [file for path in paths for file in tree_files(source, path)]
         else:
-            seen = {_hash(document) for document in _heldout_files(data)}
-            candidates = SOURCES[data.source](data)
+            if source.kind in NAMED:
+                paths = tuple(path for path in paths if (Path(source.root) / path).is_dir())
+            files = input_files(source.root, paths)
+        for file in files:
+            stat = file.stat()
+            found.append((str(file.relative_to(source.root)), stat.st_size, stat.st_mtime_ns))
+    return found
+
+
+def _passes(document: Document, source: SourceConfig, ledger: Ledger) -> bool:
+    size = len(document.text)
+    if size == 0:
+        ledger.leave_out("empty")
+    elif size < source.min_chars:
+        ledger.leave_out("too short")
+    elif source.max_chars is not None and size > source.max_chars:
+        ledger.leave_out("too long")
     else:
-        limit = _heldout_limit(data)
-        candidates = (
-            document for document in SOURCES[data.source](data) if (_hash(document) < limit) == (split == "heldout")
-        )
-    for document in candidates:
-        key = _hash(document)
-        if key not in seen:
-            seen.add(key)
-            yield document
+        return True
+    return False
 
 
-def _hash(document: Document) -> int:
-    """64 bits of the text's sha256: both the document's place in the split and its identity."""
-    return int.from_bytes(hashlib.sha256(document.text.encode()).digest()[:8], "big")
-
-
-def _heldout_limit(data: DataConfig) -> int:
-    """Documents whose hash is below this are held out."""
-    lowest, highest = 2**64, -1
-    for document in SOURCES[data.source](data):
-        key = _hash(document)
-        lowest, highest = min(lowest, key), max(highest, key)
-    if highest < 0:
-        raise DataError(f"corpus {data.name!r} has no text; look at data.paths={list(data.paths)}")
-    if lowest == highest:
-        raise DataError(
-            f"corpus {data.name!r} is a single document, which cannot be split; name others in data.heldout_paths"
-        )
-    return min(max(int(data.heldout_share * 2**64), lowest + 1), highest)
-
-
-def _heldout_files(data: DataConfig) -> Iterator[Document]:
-    return file_documents(data.root, data.heldout_paths, data.text_field)
-
-
-def _files(data: DataConfig) -> Iterator[Document]:
-    return file_documents(data.root, data.paths, data.text_field)
-
-
-def _stdlib(data: DataConfig) -> Iterator[Document]:
+def _stdlib(source: SourceConfig, paths: Sequence[str], ledger: Ledger) -> Iterator[Document]:
     """One document per top-level module or package, and one of the language reference's topics."""
     root = Path(sysconfig.get_path("stdlib"))
     for name in sorted(sys.stdlib_module_names - NOT_CORPUS):
@@ -85,8 +93,8 @@ def _stdlib(data: DataConfig) -> Iterator[Document]:
             files = sorted(file for file in package.rglob("*.py") if not _is_test(file.relative_to(root)))
         else:
             files = [file] if (file := root / f"{name}.py").is_file() else []
-        text = "\n".join(f"# {file.relative_to(root).as_posix()}\n{file.read_text('utf-8')}" for file in files)
-        if text:
+        if files:
+            text = "\n".join(f"# {file.relative_to(root).as_posix()}\n{file.read_text('utf-8')}" for file in files)
             yield Document(text, "stdlib", name)
     from pydoc_data.topics import topics
 
@@ -97,4 +105,37 @@ def _is_test(path: Path) -> bool:
     return path.name.startswith("test_") or not TEST_FOLDERS.isdisjoint(path.parts[:-1])
 
 
-SOURCES = {"stdlib": _stdlib, "files": _files}
+def _hub(source: SourceConfig, paths: Sequence[str], ledger: Ledger) -> Iterator[Document]:
+    """Records of data sets, by their names on the Hugging Face Hub or as folders under `root`, read as a stream."""
+    for path in paths:
+        yield from ledger.guard(_hub_records(source, path, ledger), path)
+
+
+def _hub_records(source: SourceConfig, path: str, ledger: Ledger) -> Iterator[Document]:
+    import datasets
+
+    local = Path(source.root) / path
+    folder = source.subset is not None and "/" in source.subset
+    try:
+        records: Any = datasets.load_dataset(
+            str(local) if local.is_dir() else path, name=None if folder else source.subset,
+            data_dir=source.subset if folder else None, split=source.hub_split, revision=source.revision,
+            streaming=True,
+        )  # fmt: skip
+        for number, record in enumerate(itertools.islice(records, source.take)):
+            place = f"{path}: record {number}"
+            yield from record_document(record, source, place, Path(path).name, ledger)
+    except DataError:
+        raise
+    except Exception as error:  # the library and what it calls raise many kinds, for a lost network too
+        raise DataError(f"{path}: cannot be read as a data set ({type(error).__name__}: {error})") from error
+
+
+READERS: dict[str, Callable[[SourceConfig, Sequence[str], Ledger], Iterator[Document]]] = {
+    "stdlib": _stdlib,
+    "files": file_documents,
+    "tree": tree_documents,
+    "tar": tar_documents,
+    "hub": _hub,
+    "recall": read_recall,
+}

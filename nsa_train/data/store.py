@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from nsa_train.data.sources import Split
-from nsa_train.data.statistics import CHUNK_TOKENS
+from nsa_train.data.selection import SPLITS, Split
 from nsa_train.errors import DataError
 
-SCHEMA = "nsa-train/corpus/1"
+SCHEMA = "nsa-train/corpus/2"
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.model"
+FIGURE = "lengths.png"
 SPLIT_FILES = {"tokens.bin": "sha256", "offsets.npy": "offsets_sha256", "sources.npy": "sources_sha256"}
 REMEDY = "delete the folder to prepare again"
+CHUNK_TOKENS = 1 << 24  # looked at together
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,10 @@ class TokenStore:
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
+        if manifest["hash"] != corpus_hash(manifest):
+            raise DataError(f"{folder / MANIFEST}: damaged, its hash is not that of the digests in it; {REMEDY}")
         numbers, inside = manifest[split], folder / split
-        _check_digest(folder / TOKENIZER, manifest["tokenizer_sha256"])
+        _check_digest(folder / manifest["tokenizer"], manifest["tokenizer_sha256"])
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         path = inside / "tokens.bin"
         size, wanted = path.stat().st_size if path.is_file() else 0, numbers["tokens"] * dtype.itemsize
@@ -72,6 +74,11 @@ class TokenStore:
         return self.manifest["hash"]
 
     @property
+    def tokenizer(self) -> Path:
+        """What `Tokenizer.load` takes."""
+        return self.folder / self.manifest["tokenizer"]
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each document, int64 [documents]."""
         return np.diff(self.offsets)
@@ -88,6 +95,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if found != SCHEMA:
         raise DataError(f"{path}: schema is {found!r}, not {SCHEMA!r}; {REMEDY}")
     return manifest
+
+
+def corpus_hash(manifest: dict[str, Any]) -> str:
+    """One hash for the tokenizer and the tokens and documents of both splits, from their digests in the manifest."""
+    digests = (manifest[split][key] for split in SPLITS for key in ("sha256", "offsets_sha256"))
+    identity = [manifest["tokenizer_sha256"], manifest["dtype"], *digests]
+    return hashlib.sha256("|".join(identity).encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:

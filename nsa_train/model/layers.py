@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,11 +23,27 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
 
 
-def rope_angles(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, dim / 2] fp32 of each position, computed in forward: nothing to store or to lose on load."""
+YARN_SLOW, YARN_FAST = 1.0, 32.0  # alpha and beta: turns within the trained length
+
+
+def rope_angles(
+    positions: Tensor, dim: int, theta: float, factor: float = 1.0, trained_len: int = 1
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, dim / 2] fp32 of each position, computed in forward: nothing to store or to lose on load.
+
+    With a factor s above 1, YaRN (arXiv 2309.00071, eq. 20-23): pairs that turn less than once in `trained_len` tokens
+    are slowed down s times, those that turn more than 32 times stay, the others lie between. Both tables grow by
+    0.1 ln(s) + 1, so every score of a rotated query and key grows by its square, whatever the branch.
+    """
     frequency = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    scale = 1.0
+    if factor > 1:
+        turns = trained_len * frequency / (2 * math.pi)
+        kept = ((turns - YARN_SLOW) / (YARN_FAST - YARN_SLOW)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / factor)
+        scale = 0.1 * math.log(factor) + 1
     angle = positions.float()[:, None] * frequency
-    return angle.cos(), angle.sin()
+    return angle.cos() * scale, angle.sin() * scale
 
 
 def apply_rope(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:

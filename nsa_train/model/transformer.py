@@ -63,6 +63,7 @@ class Transformer(nn.Module):
     def __init__(self, model: ModelConfig, attention: AttentionConfig, moe: MoEConfig) -> None:
         super().__init__()
         self.config, self.moe = model, moe
+        self.rope_factor = model.rope_factor  # a stage of the run may set another
         self.embed = nn.Embedding(model.vocab, model.width)
         self.layers = nn.ModuleList(
             Layer(model, attention, moe, dense=i < model.dense_layers) for i in range(model.layers)
@@ -100,7 +101,10 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Final normed states [T, M], the balance loss, and the load [MoE layers, E]."""
         x = self.embed(tokens)
-        angles = rope_angles(packing.positions, self.config.key_dim, self.config.rope_theta)
+        config = self.config
+        angles = rope_angles(
+            packing.positions, config.key_dim, config.rope_theta, self.rope_factor, config.rope_trained_len
+        )
         balance, loads = x.new_zeros((), dtype=torch.float32), []
         for layer in self.layers:
             if probes is not None:

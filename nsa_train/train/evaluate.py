@@ -29,38 +29,50 @@ def position_buckets(seq_len: int) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer, loader: Loader, trainer: schema.TrainerConfig, sources: Sequence[str], device: torch.device
-) -> dict[str, Any]:
+    model: Transformer, loader: Loader, trainer: schema.TrainerConfig, sources: Sequence[str], device: torch.device,
+    step: int = 0,
+) -> dict[str, Any]:  # fmt: skip
     """Loss in nats per token over the first `val_rows` held-out rows, on all ranks together.
 
-    Positions count from the start of the document as the model sees it: a later piece of a document that is longer
-    than a row starts at 0 again. `layers` holds statistics of gates and selection, from rank 0's first rows.
+    Rows are as long as those of `step`; where they are longer than trainer.seq_len there are fewer, of as many tokens.
+    `by_position` counts from the start of the document as the model sees it: a later piece of a document that is longer
+    than a row starts at 0 again. `by_place` counts from the true start of the whole document.
+    `layers` holds statistics of gates and selection, from rank 0's first rows.
     """
-    buckets = position_buckets(trainer.seq_len)
-    edges = torch.tensor([end for _, end in buckets[:-1]], device=device)
+    seq_len = loader.stage(step).seq_len
+    rows = max(1, trainer.val_rows * trainer.seq_len // seq_len)
+    micro_rows = max(1, trainer.micro_rows * trainer.seq_len // seq_len)
+    buckets, place_buckets = position_buckets(seq_len), position_buckets(max(seq_len, loader.longest_document))
+    edges, place_edges = (torch.tensor([end for _, end in b[:-1]], device=device) for b in (buckets, place_buckets))
     sums = torch.zeros(len(buckets), 2, dtype=torch.float64, device=device)  # loss, tokens
+    by_place = torch.zeros(len(place_buckets), 2, dtype=torch.float64, device=device)
     by_source = torch.zeros(len(sources), 2, dtype=torch.float64, device=device)
     layers: list[Probe] | None = [] if runtime.rank() == 0 else None
     model.eval()
-    for number, batch in enumerate(
-        loader.sequential(trainer.val_rows, runtime.rank(), runtime.world_size(), trainer.micro_rows)
-    ):
+    for number, batch in enumerate(loader.sequential(rows, runtime.rank(), runtime.world_size(), micro_rows, step)):
         batch = batch.to(device)
         probes = layers if number == 0 else None
         losses = model(batch.tokens, batch.labels, batch.packing, trainer.loss_chunk_tokens, probes).token_losses
         counted = batch.labels != NO_LABEL
         pairs = torch.stack([losses, torch.ones_like(losses)], dim=1)[counted].double()
         sums.index_add_(0, torch.bucketize(batch.packing.positions[counted], edges, right=True), pairs)
+        by_place.index_add_(0, torch.bucketize(batch.places[counted], place_edges, right=True), pairs)
         by_source.index_add_(0, batch.sources[counted].long(), pairs)
     model.train()
-    sum_over_ranks(sums, by_source)
+    sum_over_ranks(sums, by_place, by_source)
     if not sums[:, 1].sum():
         raise DataError("no held-out token has a label; hold out more text (data.heldout_share or data.heldout_paths)")
     loss, tokens = sums.sum(0).tolist()
     return {
         "loss": loss / tokens,
-        "by_position": {f"{a}-{b}": s / n for (a, b), (s, n) in zip(buckets, sums.tolist(), strict=True) if n},
-        "by_source": {name: s / n for name, (s, n) in zip(sources, by_source.tolist(), strict=True) if n},
+        "by_position": means([f"{a}-{b}" for a, b in buckets], sums),
+        "by_place": means([f"{a}-{b}" for a, b in place_buckets], by_place),
+        "by_source": means(sources, by_source),
         "val_tokens": int(tokens),
         "layers": layers or [],
     }
+
+
+def means(names: Sequence[str], sums: torch.Tensor) -> dict[str, float]:
+    """Mean loss of each name that has tokens; sums [names, 2] are losses and tokens."""
+    return {name: loss / tokens for name, (loss, tokens) in zip(names, sums.tolist(), strict=True) if tokens}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -23,8 +24,9 @@ def export_model(model: Transformer, config: schema.Config, tokenizer: Path, tar
 
     transformers_logging.disable_progress_bar()
     eos = Tokenizer.load(tokenizer).eos
+    trained = dataclasses.replace(config.model, rope_factor=model.rope_factor)  # the last stage's
     wrapped = NSATrainForCausalLM(
-        NSATrainConfig.of(config.model, config.attention, config.moe, eos_token_id=eos, pad_token_id=eos)
+        NSATrainConfig.of(trained, config.attention, config.moe, eos_token_id=eos, pad_token_id=eos)
     )
     wrapped.transformer = model
     wrapped.config.dtype = model.embed.weight.dtype
@@ -32,7 +34,8 @@ def export_model(model: Transformer, config: schema.Config, tokenizer: Path, tar
     shutil.rmtree(aside, ignore_errors=True)
     try:
         wrapped.save_pretrained(aside)
-        shutil.copy2(tokenizer, aside / "tokenizer.model")
+        for file in tokenizer.parent.glob("tokenizer*"):
+            shutil.copy2(file, aside)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(aside, target)
     except (OSError, SafetensorError) as error:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ import torch
 from nsa_train import runtime
 from nsa_train.config import schema
 from nsa_train.config.load import to_tree
-from nsa_train.data.loader import Batch, Loader, largest_divisor
+from nsa_train.data.loader import NO_LABEL, Batch, Loader, largest_divisor
 from nsa_train.data.prepare import prepare
-from nsa_train.data.store import TOKENIZER, TokenStore
+from nsa_train.data.stages import Stage, stages_of
+from nsa_train.data.store import TokenStore
 from nsa_train.errors import ConfigError, Interrupted, NsaTrainError, StorageError
 from nsa_train.model.counts import count_parameters
 from nsa_train.model.transformer import Transformer
@@ -31,7 +32,7 @@ from nsa_train.parallel.engine import (
     sum_over_ranks,
 )
 from nsa_train.train import checkpoint
-from nsa_train.train.evaluate import evaluate
+from nsa_train.train.evaluate import evaluate, means
 from nsa_train.train.export import export_model
 from nsa_train.train.folder import RunFolder
 from nsa_train.train.guards import BadSteps, StopSignals
@@ -93,20 +94,19 @@ class _Run:
     def __init__(self, config: schema.Config, folder: RunFolder, device: torch.device, signals: StopSignals) -> None:
         self.config, self.folder, self.device, self.signals = config, folder, device, signals
         self.world = runtime.world_size()
-        if config.trainer.batch_rows % self.world:
-            raise ConfigError(
-                f"trainer.batch_rows={config.trainer.batch_rows} is not a multiple of the {self.world} processes; "
-                "change one of them"
-            )
+        self.stages = stages_of(config)
+        for stage in self.stages:
+            if stage.batch_rows % self.world:
+                what = f"trainer.batch_rows={config.trainer.batch_rows}"
+                if config.stages.parts:
+                    what = f"stage {stage.name}: {stage.batch_rows} rows of {stage.seq_len} tokens in a step"
+                raise ConfigError(f"{what} is not a multiple of the {self.world} processes; change one of them")
         runtime.seed_everything(config.seed)
         self.corpus = Path(on_rank_zero(lambda: str(prepare(config.data, config.model.vocab, runtime.log.info))))
         stores = {split: TokenStore.open(self.corpus, split) for split in ("train", "heldout")}
         self.facts = stores["train"].manifest
-        trainer, rows = config.trainer, config.trainer.batch_rows
-        self.loaders = {
-            split: Loader(store, trainer.seq_len, config.data.max_documents, rows, config.seed)
-            for split, store in stores.items()
-        }
+        trainer = config.trainer
+        self.loaders = {split: Loader(store, self.stages, config.data, config.seed) for split, store in stores.items()}
         self._build()
         self.clock = Clock()
         self.progress = Progress()
@@ -129,11 +129,11 @@ class _Run:
         self.model.to(self.device)
         sections = {name: to_tree(config)[name] for name in ("model", "attention", "moe", "optim")}
         self.identity = checkpoint.identity_of(self.model, sections)
-        per_rank = trainer.batch_rows // self.world
-        micro_rows = largest_divisor(per_rank, trainer.micro_rows)
+        self.micro_batches = micro_batches_of(self.stages, trainer, self.world)
+        micro_rows = self.stages[0].batch_rows // (self.world * self.micro_batches)
         self.settings = engine_settings(
             config.parallel.zero_stage, dtype, config.parallel.reduce_dtype, config.optim.clip, micro_rows,
-            per_rank // micro_rows, self.world,
+            self.micro_batches, self.world,
         )  # fmt: skip
         self.engine = Engine(self.model, build_optimizer(self.model, config.optim), self.settings)
 
@@ -168,8 +168,9 @@ class _Run:
         for row in self._steps():
             self._after_step(row)
         if self.config.trainer.export:
+            self._enter(self.config.trainer.steps - 1)
             target = self.folder.path / "export"
-            on_main(lambda: export_model(self.model, self.config, self.corpus / TOKENIZER, target))
+            on_main(lambda: export_model(self.model, self.config, self.corpus / self.facts["tokenizer"], target))
 
     def _steps(self) -> Iterator[dict[str, Any]]:
         """Take the remaining steps; yields each step's figures, equal on all ranks."""
@@ -180,18 +181,21 @@ class _Run:
         for step in range(self.progress.step, trainer.steps):
             lr = lr_at(step, trainer.steps, self.config.optim.lr, self.config.schedule)
             self.engine.set_lr(lr)
+            stage = self._enter(step)
             labels = self.loaders["train"].label_tokens(step)
             tokens = trainer.batch_rows * trainer.seq_len
             loss = torch.zeros((), device=self.device)
             load = torch.zeros(len(self.model.routers()), self.config.moe.experts, device=self.device)
-            for batch in self._timed(
-                self.loaders["train"].micro_batches(step, runtime.rank(), self.world, trainer.micro_rows)
-            ):
+            by_source = torch.zeros(len(self.facts["sources"]) + 1, 2, dtype=torch.float64, device=self.device)
+            micro_rows = stage.batch_rows // (self.world * self.micro_batches)
+            for batch in self._timed(self.loaders["train"].micro_batches(step, runtime.rank(), self.world, micro_rows)):
                 out = self.engine(batch.tokens, batch.labels, batch.packing, trainer.loss_chunk_tokens)
                 cross_entropy = out.token_losses.sum() / labels
                 self.engine.backward(cross_entropy + self.config.moe.aux_weight * out.balance / tokens)
                 loss += cross_entropy.detach()
                 load += out.load
+                pairs = torch.stack([out.token_losses.detach(), batch.labels != NO_LABEL], dim=1).double()
+                by_source.index_add_(0, batch.sources % len(by_source), pairs)  # NO_SOURCE, -1, is the last
             stop = torch.tensor(float(self.signals.received is not None), device=self.device)
             sum_over_ranks(loss, load, stop)
             mean_loss, must_stop = torch.stack([loss, stop]).tolist()  # sync: the step's only one
@@ -202,7 +206,7 @@ class _Run:
             yield {
                 "step": step + 1, "tokens": (step + 1) * tokens, "loss": None if bad else mean_loss, "lr": lr,
                 "grad_norm": None if bad else self.engine.gradient_norm, "skipped": bad, "stop": must_stop > 0,
-                "load": load,
+                "load": load, "by_source": by_source[:-1],
             }  # fmt: skip
 
     def _after_step(self, row: dict[str, Any]) -> None:
@@ -244,12 +248,27 @@ class _Run:
             "tokens_per_s": self.progress.last_speed, "data_wait_ms": 1e3 * self.clock.waited / self.clock.steps,
             "mem_gib": runtime.peak_memory_gib(),
         }  # fmt: skip
+        if row["skipped"]:
+            row["by_source"] = {}
+        else:
+            sum_over_ranks(row["by_source"])
+            row["by_source"] = means(self.facts["sources"], row["by_source"])  # sync: of log steps only
         if self.metrics:
             self.metrics.train(row, load.tolist())
         self.clock.reset()
 
+    def _enter(self, step: int) -> Stage:
+        """The stage of a step, its positions set in the model."""
+        stage = self.loaders["train"].stage(step)
+        self.model.rope_factor = stage.rope_factor
+        return stage
+
     def _validate(self) -> None:
-        found = evaluate(self.model, self.loaders["heldout"], self.config.trainer, self.facts["sources"], self.device)
+        step = max(0, self.progress.step - 1)  # the rows that were trained on last
+        self._enter(step)
+        found = evaluate(
+            self.model, self.loaders["heldout"], self.config.trainer, self.facts["sources"], self.device, step
+        )
         self.progress.val_loss_last = found["loss"] if math.isfinite(found["loss"]) else None
         if self.progress.step == 0:
             self.progress.val_loss_first = self.progress.val_loss_last
@@ -310,9 +329,13 @@ class _Run:
             f"{self.parameters['active'] / 1e6:.2f}M active, {self.world} x {runtime.device_name()}, "
             f"{str(runtime.dtype_of(trainer.dtype)).removeprefix('torch.')}",
             f"corpus {self.facts['name']} {self.facts['hash'][:12]}: {corpus['documents']} documents, "
-            f"{corpus['tokens']:,} tokens (at in-document position {past}), rows {loader.utilisation:.1%} full",
-            f"{trainer.steps} steps of {trainer.batch_rows} x {trainer.seq_len} tokens, "
-            f"{trainer.steps * trainer.batch_rows / loader.rows:.2f} epochs; unigram entropy of the held-out text "
+            f"{corpus['tokens']:,} tokens (at in-document position {past})",
+            *(
+                f"from step {stage.first_step}: {stage.batch_rows} rows of {stage.seq_len} tokens, "
+                f"{loader.utilisation(stage.first_step):.1%} full"
+                for stage in self.stages
+            ),
+            f"{trainer.steps} steps, {_epochs(loader.epochs(trainer.steps))}; unigram entropy of the held-out text "
             f"{self.facts['unigram_entropy']:.4f} nats",
             f"resumed from {found.path} at step {self.progress.step}" if found else "starting at step 0",
         ):
@@ -375,6 +398,26 @@ def _nats(loss: float | None) -> str:
 def on_main(work: Any) -> Any:
     """The result on rank 0, None elsewhere; nobody waits."""
     return work() if runtime.rank() == 0 else None
+
+
+def micro_batches_of(stages: Sequence[Stage], trainer: schema.TrainerConfig, world: int) -> int:
+    """Micro-batches of a rank in a step: as many in each stage, so every forward pass has as many tokens.
+
+    Those of the longest rows decide; rows of other stages divide them.
+    """
+    longest = max(stages, key=lambda stage: stage.seq_len)
+    rows = longest.batch_rows // world
+    return rows // largest_divisor(rows, max(1, trainer.micro_rows * trainer.seq_len // longest.seq_len))
+
+
+def _epochs(epochs: dict[str, float]) -> str:
+    """Epochs of all sources in a few words."""
+    shown = {name: f"{value:.2f}" for name, value in epochs.items()}
+    if len(set(shown.values())) == 1:
+        return f"{next(iter(shown.values()))} epochs"
+    if len(shown) > 8:
+        return f"{min(epochs.values()):.2f} to {max(epochs.values()):.2f} epochs of {len(shown)} sources"
+    return "epochs " + ", ".join(f"{value} of {name}" for name, value in shown.items())
 
 
 def _weights_hash(model: Transformer) -> str:

@@ -79,12 +79,13 @@ class Metrics:
         if self._wandb:
             import wandb
 
-            shown = {k: v for k, v in row.items() if k not in ("step", "tokens") and v is not None}
+            shown = {k: v for k, v in row.items() if k not in ("step", "tokens", "by_source") and v is not None}
+            by_source = {f"train_by_source/{source}": loss for source, loss in row["by_source"].items()}
             shares = {
                 f"experts/layer_{i}": wandb.Histogram(np_histogram=(load, list(range(len(load) + 1))))
                 for i, load in enumerate(loads)
             }
-            self._log(row, {f"train/{k}": v for k, v in shown.items()} | shares)
+            self._log(row, {f"train/{k}": v for k, v in shown.items()} | by_source | shares)
 
     def validation(self, row: dict[str, Any]) -> None:
         self._write({**row, "split": "val"})
@@ -96,6 +97,7 @@ class Metrics:
         if self._wandb:
             flat = {"val/loss": row["loss"]}
             flat |= {f"val_by_position/{bucket}": loss for bucket, loss in row["by_position"].items()}
+            flat |= {f"val_by_place/{bucket}": loss for bucket, loss in row["by_place"].items()}
             flat |= {f"val_by_source/{source}": loss for source, loss in row["by_source"].items()}
             for i, layer in enumerate(row.get("layers", [])):
                 flat |= {f"gates/layer_{i}_{branch}": mean for branch, mean in layer.get("gates", {}).items()}

@@ -1,22 +1,18 @@
 """Claims about batches: a function of the step alone, every token once, labels inside documents."""
 
-import hashlib
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from loaders import BATCH_ROWS, MAX_DOCUMENTS, SEQ_LEN, make_loader
 
-from nsa_train.data.loader import NO_LABEL, NO_SOURCE, Loader, largest_divisor
+from nsa_train.bench.data import realistic_lengths
+from nsa_train.data.loader import NO_LABEL, NO_SOURCE, deal, largest_divisor
+from nsa_train.data.pack import Stretches, make_plan
 from nsa_train.data.prepare import prepare
 from nsa_train.data.store import TokenStore
 from nsa_train.errors import ConfigError, DataError
-
-SEQ_LEN, MAX_DOCUMENTS, BATCH_ROWS = 512, 4, 8
-
-
-def make_loader(store, **changes):
-    settings = {"seq_len": SEQ_LEN, "max_documents": MAX_DOCUMENTS, "batch_rows": BATCH_ROWS, "seed": 1}
-    return Loader(store, **(settings | changes))
 
 
 @pytest.fixture
@@ -25,22 +21,28 @@ def loader(store):
 
 
 def rows_of(loader, step, world, micro_rows=2):
-    """The step's rows in global order, put together from what each rank gets."""
-    ranks = [
-        torch.cat([batch.tokens.view(-1, SEQ_LEN) for batch in loader.micro_batches(step, rank, world, micro_rows)])
+    """The step's rows, from all ranks, in an order that does not depend on the ranks."""
+    seq_len = loader.stage(step).seq_len
+    rows = [
+        row.numpy().tobytes()
         for rank in range(world)
+        for batch in loader.micro_batches(step, rank, world, micro_rows)
+        for row in torch.cat([batch.tokens, batch.labels]).view(2, -1, seq_len).transpose(0, 1)
     ]
-    return torch.stack(ranks, dim=1).flatten(0, 1)
+    return sorted(rows)
 
 
-def test_the_token_stream_is_the_same_for_any_number_of_ranks(loader):
-    hashes = set()
-    for world in (1, 2, 4, 8):
-        digest = hashlib.sha256()
-        for step in range(12):
-            digest.update(rows_of(loader, step, world).numpy().tobytes())
-        hashes.add(digest.hexdigest())
-    assert len(hashes) == 1
+def numbers_of(loader, step):
+    return [row.number for row in loader.step_rows(step)]
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "concat", "long"])
+def test_a_step_has_the_same_rows_for_any_number_of_ranks(packing, store):
+    loader = make_loader(store, packing=packing, align=16)
+    for step in range(12):
+        one = rows_of(loader, step, 1)
+        assert len(one) == BATCH_ROWS
+        assert all(rows_of(loader, step, world, micro_rows) == one for world, micro_rows in ((2, 1), (4, 2), (8, 4)))
 
 
 def test_a_step_is_the_same_whatever_was_read_before(store, loader):
@@ -53,32 +55,38 @@ def test_a_step_is_the_same_whatever_was_read_before(store, loader):
     assert after.packing.lengths == fresh.packing.lengths
 
 
+def rows_in_epoch(loader):
+    (stream,) = loader.streams(0)
+    return stream.whole.rows
+
+
 def test_every_epoch_visits_every_row_once_in_another_order(store):
     loader = make_loader(store, batch_rows=1)
-    epochs = [[loader.step_rows(epoch * loader.rows + i)[0] for i in range(loader.rows)] for epoch in range(3)]
-    assert all(sorted(rows) == list(range(loader.rows)) for rows in epochs)
+    rows = rows_in_epoch(loader)
+    epochs = [[numbers_of(loader, epoch * rows + i)[0] for i in range(rows)] for epoch in range(3)]
+    assert all(sorted(numbers) == list(range(rows)) for numbers in epochs)
     other_seed = make_loader(store, batch_rows=1, seed=2)
-    epochs.append([other_seed.step_rows(i)[0] for i in range(loader.rows)])
+    epochs.append([numbers_of(other_seed, i)[0] for i in range(rows)])
     assert len({tuple(rows) for rows in epochs}) == 4
 
 
 def test_rows_run_on_across_epochs_even_when_a_step_is_longer_than_one(store):
     one, many = make_loader(store, batch_rows=1), make_loader(store, batch_rows=10_000)
-    assert many.rows < 5_000
-    assert many.step_rows(1)[:200] == [one.step_rows(10_000 + i)[0] for i in range(200)]
+    assert rows_in_epoch(many) < 5_000
+    assert numbers_of(many, 1)[:200] == [numbers_of(one, 10_000 + i)[0] for i in range(200)]
 
 
 def test_an_epoch_holds_every_token_of_every_document_once(store):
     loader = make_loader(store, batch_rows=1)
     seen = []
-    for step in range(loader.rows):
+    for step in range(rows_in_epoch(loader)):
         (batch,) = loader.micro_batches(step, 0, 1, 1)
         seen.append(batch.tokens[batch.sources != NO_SOURCE])
     found = torch.cat(seen).bincount(minlength=store.manifest["vocab"])
     wanted = np.bincount(store.tokens, minlength=store.manifest["vocab"])
     assert np.array_equal(found.numpy(), wanted)
-    assert found.sum() == loader.tokens_per_epoch == len(store.tokens)
-    assert loader.utilisation == loader.tokens_per_epoch / (loader.rows * SEQ_LEN)
+    assert loader.utilisation(0) == len(store.tokens) / (rows_in_epoch(loader) * SEQ_LEN)
+    assert set(loader.epochs(rows_in_epoch(loader)).values()) == {1.0}
 
 
 def test_a_label_is_the_next_token_of_its_document_and_never_of_another(store, loader):
@@ -146,7 +154,7 @@ def test_micro_batches_are_the_largest_equal_ones(number, limit, size, store):
 
 
 def test_ranks_that_cannot_share_a_step_evenly_are_refused(loader):
-    with pytest.raises(ConfigError, match=r"trainer\.batch_rows=8 is not a multiple of the 3 ranks"):
+    with pytest.raises(ConfigError, match="8 rows of 512 tokens in a step are not a multiple of the 3 ranks"):
         list(loader.micro_batches(0, 0, 3, 1))
 
 
@@ -161,21 +169,27 @@ def test_validation_reads_the_same_rows_for_any_number_of_ranks(loader):
 
     assert len(rows(1, 4)) == 13
     assert rows(1, 4) == rows(2, 4) == rows(4, 3)
-    assert sum(batch.tokens.numel() for batch in loader.sequential(10**6, 0, 1, 4)) == loader.rows * SEQ_LEN
+    assert sum(batch.tokens.numel() for batch in loader.sequential(10**6, 0, 1, 4)) == rows_in_epoch(loader) * SEQ_LEN
 
 
 def test_few_validation_rows_hold_many_documents(prepared):
     store = TokenStore.open(prepared[1], "heldout")
     loader = make_loader(store, seq_len=128)
-    rows = loader._order("validation")[: loader.rows // 2]
-    documents = {int(d) for row in rows for d in loader._plan.doc[slice(*loader._plan.row_ptr[row : row + 2])]}
+    content = np.asarray(store.tokens).astype(np.int64).tobytes()
+    documents = set()
+    for batch in loader.sequential(rows_in_epoch(loader) // 2, 0, 1, 1):
+        begin = content.find(batch.tokens[: batch.packing.lengths[0]].numpy().tobytes()) // 8
+        documents.add(int(np.searchsorted(store.offsets, begin, side="right")))
     assert len(documents) == len(store.lengths)
 
 
-def test_rows_longer_than_the_corpus_are_mostly_padding(store):
-    (batch,) = make_loader(store, seq_len=200_000, max_documents=64, batch_rows=1).micro_batches(9, 0, 1, 1)
-    assert (batch.sources != NO_SOURCE).sum() == len(store.tokens)
-    assert batch.packing.lengths[-1] == 200_000 - len(store.tokens)
+def test_a_corpus_smaller_than_a_row_is_refused_for_training_and_mostly_padding_for_validation(prepared, store):
+    with pytest.raises(DataError, match=r"the corpus has \d+ tokens, less than one row of 200000; shorten"):
+        make_loader(store, seq_len=200_000)
+    heldout = TokenStore.open(prepared[1], "heldout")
+    (batch,) = make_loader(heldout, seq_len=200_000, max_documents=64).sequential(9, 0, 1, 1)
+    assert (batch.sources != NO_SOURCE).sum() == len(heldout.tokens)
+    assert batch.packing.lengths[-1] == 200_000 - len(heldout.tokens)
 
 
 def test_moving_a_batch_keeps_its_content(loader):
@@ -187,11 +201,15 @@ def test_moving_a_batch_keeps_its_content(loader):
 
 def test_a_checkpoint_of_the_same_run_is_accepted(store, loader):
     state = loader.state(12)
-    assert (state["step"], state["rows_consumed"]) == (12, 96)
+    assert (state["step"], state["stage"], state["rows_consumed"], state["seed"]) == (12, "all", 96, 1)
+    assert state["epoch"] == pytest.approx(96 / rows_in_epoch(loader), rel=0.05)
     make_loader(store).check_state(state)
 
 
-@pytest.mark.parametrize("change", [{"seq_len": 256}, {"max_documents": 5}, {"batch_rows": 4}, {"seed": 2}])
+@pytest.mark.parametrize(
+    "change",
+    [{"seq_len": 256}, {"max_documents": 5}, {"batch_rows": 4}, {"seed": 2}, {"packing": "long"}, {"align": 8}],
+)
 def test_a_checkpoint_of_another_packing_is_refused(change, store, loader):
     with pytest.raises(DataError, match=r"step 12 read other rows.*trainer\.seq_len"):
         make_loader(store, **change).check_state(loader.state(12))
@@ -202,3 +220,54 @@ def test_a_checkpoint_of_another_corpus_is_refused(prepared, loader):
     other = TokenStore.open(prepare(data, 390, lambda line: None), "train")
     with pytest.raises(DataError, match="the corpus"):
         make_loader(other).check_state(loader.state(3))
+
+
+# Where tokens stand ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("packing", "align"), [("best_fit", 1), ("concat", 1), ("long", 16), ("concat", 16)])
+def test_a_token_stands_at_its_true_place_in_its_document(packing, align, store):
+    loader = make_loader(store, packing=packing, align=align)
+    for step in range(4):
+        for batch in loader.micro_batches(step, 0, 1, 4):
+            real, end = batch.sources != NO_SOURCE, 0
+            assert (batch.places[~real] == 0).all()
+            for length in batch.packing.lengths:
+                begin, end = end, end + length
+                assert length % align == 0 or end % SEQ_LEN == 0
+                tokens, places = batch.tokens[begin:end][real[begin:end]], batch.places[begin:end][real[begin:end]]
+                if not len(tokens):
+                    continue
+                matches = [
+                    document
+                    for document, offset in enumerate(store.offsets[:-1])
+                    if offset + places[-1] < store.offsets[document + 1]
+                    and np.array_equal(store.tokens[offset + places[0] :][: len(tokens)], tokens)
+                ]
+                assert matches
+                assert torch.equal(places, torch.arange(len(tokens)) + places[0])
+
+
+def test_padding_behind_a_document_has_no_label_and_no_source(store):
+    loader = make_loader(store, align=64)
+    for batch in loader.micro_batches(0, 0, 1, 4):
+        assert (batch.labels[batch.sources == NO_SOURCE] == NO_LABEL).all()
+        assert all(n % 64 == 0 for n in batch.packing.lengths)
+    labels = sum(int((batch.labels != NO_LABEL).sum()) for batch in loader.micro_batches(0, 0, 1, 4))
+    assert labels == loader.label_tokens(0)
+
+
+# Ranks ----------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_dealt_so_that_the_work_of_ranks_and_micro_batches_is_alike():
+    plan = make_plan(Stretches.whole(realistic_lengths(20_000)), 65536, 512)
+    costs = np.random.default_rng(0).permutation(plan.row_cost)[:64].tolist()
+    hands = deal(costs, 8)
+    assert sorted(i for hand in hands for i in hand) == list(range(64))
+    assert {len(hand) for hand in hands} == {8}
+    dealt = [sum(costs[i] for i in hand) for hand in hands]
+    in_order = [sum(costs[rank::8]) for rank in range(8)]
+    assert max(dealt) / np.mean(dealt) < 1.1 < 1.2 < max(in_order) / np.mean(in_order)
+    rounds = [[costs[hand[k]] for hand in hands] for k in range(8)]
+    assert all(min(before) >= max(after) for before, after in pairwise(rounds))

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from nsa_train.config.load import load_config
+from nsa_train.data.pack import Stretches, make_plan
 from nsa_train.data.prepare import prepare
-from nsa_train.data.sources import SPLITS, documents
-from nsa_train.data.store import TokenStore
+from nsa_train.data.selection import SPLITS, documents
+from nsa_train.data.store import TokenStore, corpus_hash, sha256_of
 from nsa_train.data.tokenizer import Tokenizer
 from nsa_train.errors import DataError, StorageError
 
@@ -83,18 +84,6 @@ def test_a_changed_input_or_setting_gets_another_folder_and_how_rows_are_packed_
     assert len({first, *others}) == 4
 
 
-def test_a_process_that_finished_first_is_believed(small):
-    finished = []
-
-    def someone_else(line):
-        if not finished:
-            finished.append(None)
-            finished.append(prepare(small, VOCAB, quiet))
-
-    assert prepare(small, VOCAB, someone_else) == finished[1]
-    assert len(list(finished[1].parent.iterdir())) == 1
-
-
 def test_a_failed_build_leaves_nothing_behind(small, tmp_path):
     write_corpus(small, ["a few words", "and some more"])
     with pytest.raises(DataError, match=r"set model\.vocab"):
@@ -105,16 +94,15 @@ def test_a_failed_build_leaves_nothing_behind(small, tmp_path):
 def test_the_manifest_counts_what_is_in_the_store(prepared):
     data, folder = prepared
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert (manifest["vocab"], manifest["dtype"], manifest["licence"], manifest["python"]) == (
-        VOCAB,
-        "uint16",
-        None,
-        None,
-    )
+    assert (manifest["vocab"], manifest["dtype"], manifest["python"]) == (VOCAB, "uint16", None)
+    assert (manifest["left_out"], manifest["broken"]) == ({}, [])
     for split in SPLITS:
         lengths, numbers = TokenStore.open(folder, split).lengths.tolist(), manifest[split]
         assert (numbers["documents"], numbers["tokens"]) == (len(lengths), sum(lengths))
         assert numbers["bytes"] == sum(len(document.text.encode()) for document in documents(data, split))
+        assert numbers["bytes_per_token"] == pytest.approx(numbers["bytes"] / sum(lengths), abs=1e-4)
+        long = sum(n for n in lengths if n >= 8192) / sum(lengths)
+        assert numbers["share_in_long"]["8192"] == pytest.approx(long, abs=1e-6)
         past = sum(max(n - 2048, 0) for n in lengths) / sum(lengths)
         assert numbers["share_past"]["2048"] == pytest.approx(past, abs=1e-6)
         assert numbers["length_histogram"] == {
@@ -122,8 +110,24 @@ def test_the_manifest_counts_what_is_in_the_store(prepared):
             for k in range(20)
             if any(2**k <= n < 2 ** (k + 1) for n in lengths)
         }
-        assert sum(source["tokens"] for source in numbers["sources"].values()) == sum(lengths)
+        for key in ("documents", "tokens", "bytes"):
+            assert sum(source[key] for source in numbers["sources"].values()) == numbers[key]
     assert set(manifest["train"]["sources"]) == {"long", "short"}
+
+
+def test_the_manifest_says_how_full_rows_of_64k_are_with_and_without_alignment(prepared):
+    """The corpus fills less than one of them: 10 documents, each padded to a multiple of 64."""
+    _, folder = prepared
+    lengths = TokenStore.open(folder, "train").lengths
+    packing = json.loads((folder / "manifest.json").read_text())["train"]["packing"]
+    assert (packing["packing"], packing["max_documents"], list(packing["rows"])) == (
+        "best_fit", 64, ["8192", "32768", "65536"],
+    )  # fmt: skip
+    assert packing["rows"]["65536"]["rows"] == 1
+    assert packing["rows"]["65536"]["utilisation"] == pytest.approx(lengths.sum() / 65536, abs=1e-6)
+    aligned = make_plan(Stretches.whole(lengths), 8192, 64, "best_fit", 64)
+    assert packing["rows"]["8192"]["utilisation_align_64"] == pytest.approx(aligned.utilisation, abs=1e-6)
+    assert set(json.loads((folder / "preparation.json").read_text())["packing_s"]) == set(packing["rows"])
 
 
 def test_unigram_entropy_is_what_a_direct_computation_gives(prepared):
@@ -197,12 +201,26 @@ def test_a_folder_without_its_manifest_is_refused(content, message, damaged):
         TokenStore.open(damaged, "heldout")
 
 
+def test_a_manifest_whose_hash_is_not_that_of_its_digests_is_refused(damaged):
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    (damaged / "manifest.json").write_text(json.dumps(manifest | {"hash": "0" * 64}))
+    with pytest.raises(DataError, match=r"manifest\.json: damaged, its hash is not that of the digests"):
+        TokenStore.open(damaged, "train")
+
+
+def test_what_a_kill_left_beside_a_finished_corpus_is_removed(small):
+    folder = prepare(small, VOCAB, quiet)
+    site = folder.with_name(f".{folder.name}")
+    (site / "shards").mkdir(parents=True)
+    assert prepare(small, VOCAB, quiet) == folder
+    assert not site.exists()
+
+
 def resign(folder, name, key):
     """Make the manifest agree with a file that a test changed."""
-    from nsa_train.data.store import sha256_of
-
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["train"][key] = sha256_of(folder / "train" / name)
+    manifest["hash"] = corpus_hash(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -228,7 +246,7 @@ def test_the_standard_library_becomes_a_corpus_of_long_documents(tmp_path):
     data = dataclasses.replace(load_config(["experiment=tiny"]).data, prepared_dir=str(tmp_path))
     folder = prepare(data, 2048, quiet)
     manifest = TokenStore.open(folder, "train").manifest
-    assert manifest["licence"] == "PSF-2.0"
+    assert manifest["train"]["sources"]["stdlib"]["licences"] == {"PSF-2.0": manifest["train"]["documents"]}
     assert manifest["python"]
     assert manifest["train"]["tokens"] > 2_000_000
     assert manifest["train"]["share_past"]["8192"] > 0.5

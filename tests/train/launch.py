@@ -1,12 +1,10 @@
 """Training runs as real processes: real signals, real exit codes, real files.
 
-Importing torch and DeepSpeed takes ten seconds, so processes are forked from a server that has done it once. What runs
-in them is the command line's own `main`. test_launchers.py starts the same runs as `python -m nsa_train` and by
-torchrun.
+What runs in them is the command line's own `main`. test_launchers.py starts the same runs as `python -m nsa_train` and
+by torchrun.
 """
 
 import json
-import multiprocessing
 import os
 import pkgutil
 import signal
@@ -14,13 +12,8 @@ import socket
 import sys
 import time
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        "nsa_train.train.loop", "nsa_train.model.pretrained", "deepspeed.runtime.zero.stage_1_and_2", "wandb",
-        "deepspeed.runtime.zero.muon.muon_optimizer", "matplotlib.pyplot", "hydra._internal.hydra", "sentencepiece",
-    ]
-)  # fmt: skip
+from server import SERVER
+
 PATIENCE_S = 120
 # Sizes at which a step takes a tenth of a second, while rows hold several documents, queries cannot read all blocks,
 # a step has two micro-batches, and an epoch ends before the run does.

@@ -20,8 +20,7 @@ def foreign_tokenizer(tmp_path, corpus):
     from nsa_train.data.tokenizer import train_tokenizer
 
     text = "".join(chr(97 + i % 23) + chr(97 + i * 7 % 26) + " " for i in range(4000))
-    train_tokenizer([text], 320, "bpe", 1, 0, tmp_path / "foreign.model")
-    return [f"data.tokenizer={tmp_path / 'foreign.model'}"]
+    return [f"data.tokenizer={train_tokenizer([text], 320, 'bpe', 1, 0).save(tmp_path)}"]
 
 
 MISTAKES = {
@@ -40,7 +39,7 @@ MISTAKES = {
     ),
     "an unreadable corpus": (
         lambda tmp, corpus: folder_with(tmp, "damaged.jsonl.zst", b"this is not zstd"), 2,
-        ["damaged.jsonl.zst: not zstd, or damaged"],
+        ["damaged.jsonl.zst: not zst, or damaged"],
     ),
     "a line that is not JSON": (
         lambda tmp, corpus: folder_with(tmp, "lines.jsonl", (LINE * 2 + '{"text": "cut').encode()), 2,

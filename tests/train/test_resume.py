@@ -122,3 +122,21 @@ def test_validation_changes_no_training_loss(train, tmp_path, whole):
     assert [row for row in rows(tmp_path / "run") if row["split"] == "train"] == [
         row for row in rows(whole) if row["split"] == "train"
     ]
+
+
+def test_killed_before_and_behind_a_change_of_stage_it_goes_on_with_the_same_losses(train, tmp_path):
+    """Steps 1 to 5 have rows of 96 tokens and a mixture, the others half as many rows of 192 tokens and YaRN."""
+    stages = [
+        "stages.parts.short={tokens: 1920, seq_len: 96, mixture: {even: 0.7, odd: 0.3}, rope_factor: 1.0}",
+        "stages.parts.long={tokens: null, seq_len: 192, mixture: {}, rope_factor: 2.0}",
+    ]
+    assert train(*stages, "name=undisturbed").wait() == 0
+    in_fifth_step = partial(signal_at, ENGINE, "backward", 5 * MICRO_BATCHES - 1, signal.SIGKILL)
+    assert train(*stages, before=in_fifth_step).wait() == -9  # of the run, with a checkpoint of step 3
+    assert train(*stages, before=in_fifth_step).wait() == -9  # since then: step 8, with a checkpoint of step 6
+    last = train(*stages)
+    assert last.wait() == 0
+    assert "from step 5: 2 rows of 192 tokens" in last.text
+    found = rows(tmp_path / "run")
+    assert found == rows(tmp_path / "undisturbed")
+    assert {row["tokens"] / row["step"] for row in found if row["step"]} == {384}

@@ -14,7 +14,8 @@ import nsa_train.model.pretrained  # noqa: F401
 from nsa_train.config.load import config_from_tree, load_config, to_tree
 from nsa_train.data.loader import Loader
 from nsa_train.data.prepare import prepare
-from nsa_train.data.store import TOKENIZER, TokenStore
+from nsa_train.data.stages import stages_of
+from nsa_train.data.store import TokenStore
 from nsa_train.model.transformer import Transformer
 from nsa_train.packing import Packing
 from nsa_train.train.evaluate import evaluate
@@ -53,7 +54,7 @@ def prepared(config, run):
 
 def loader(prepared, config, split):
     store = TokenStore.open(prepared, split)
-    return Loader(store, config.trainer.seq_len, config.data.max_documents, config.trainer.batch_rows, config.seed)
+    return Loader(store, stages_of(config), config.data, config.seed)
 
 
 def trained(config, run):
@@ -93,7 +94,7 @@ def test_the_export_has_the_held_out_loss_that_the_run_reported(run, config, pre
     model = AutoModelForCausalLM.from_pretrained(run / "export").transformer
     found = evaluate_alone(model, loader(prepared, config, "heldout"), config)
     assert found["loss"] == summary(run)["val_loss_last"]
-    assert (run / "export" / "tokenizer.model").read_bytes() == (prepared / TOKENIZER).read_bytes()
+    assert (run / "export" / "tokenizer.model").read_bytes() == (prepared / "tokenizer.model").read_bytes()
 
 
 def evaluate_alone(model, heldout, config):

@@ -1,0 +1,131 @@
+"""Claims about the synthetic recall documents: solvable from their text, seeded, nothing shared between the splits."""
+
+import re
+from itertools import pairwise
+
+import pytest
+
+from nsa_train.config.load import load_config
+from nsa_train.data.prepare import prepare
+from nsa_train.data.recall import FILLER, KINDS, WORDS, answers, recall_documents
+from nsa_train.data.store import TokenStore
+from nsa_train.data.tokenizer import Tokenizer
+from nsa_train.errors import ConfigError, DataError
+
+SPLITS = tuple(WORDS)
+
+
+def made(split, documents=80, least=800, most=20_000):
+    return list(recall_documents(split, documents, least, most))
+
+
+def told(text, words):
+    """What the document says before its questions: values of keys, and variables that are another's."""
+    holes = {"{key}": r"(?P<key>[a-z]+)", "{value}": r"(?P<value>\d+)", "{other}": r"(?P<other>[a-z]+)"}
+    facts, copies, order = {}, {}, []
+    for line in text.split("\n"):
+        for template in (words.needle, words.assign, words.copy):
+            pattern = re.escape(template)
+            for hole, group in holes.items():
+                pattern = pattern.replace(re.escape(hole), group)
+            if match := re.fullmatch(pattern, line):
+                found = match.groupdict()
+                order.append(found["key"])
+                (facts if "value" in found else copies)[found["key"]] = found.get("value") or found["other"]
+                break
+    return facts, copies, order
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_question_is_answered_by_what_the_document_says(split, kind):
+    for document in (d for d in made(split) if d.source == f"recall-{kind}"):
+        facts, copies, order = told(document.text, WORDS[split])
+        asked = answers(document.text, WORDS[split])
+        assert asked
+        for key, value in asked:
+            hops = 0
+            while key in copies:
+                assert order.index(copies[key]) < order.index(key)  # a variable is told before it is copied
+                key, hops = copies[key], hops + 1
+            assert facts[key] == value
+            assert (2 <= hops <= 4) == (kind == "tracing")
+
+
+def test_kinds_ask_for_what_their_names_say():
+    by_kind = {kind: [d for d in made("train") if d.source == f"recall-{kind}"] for kind in KINDS}
+    counts = {
+        kind: [(len(told(d.text, WORDS["train"])[0]), len(answers(d.text, WORDS["train"]))) for d in documents]
+        for kind, documents in by_kind.items()
+    }
+    assert set(counts["needle"]) == {(1, 1)}
+    assert all(8 <= keys <= 64 and 1 <= asked <= 4 for keys, asked in counts["multikey"])
+    assert all(keys == asked >= 2 for keys, asked in counts["mqar"])
+    assert all(len(d) == 20 for d in by_kind.values())
+
+
+def test_the_splits_share_no_key_no_value_and_no_template():
+    texts = {split: "".join(d.text for d in made(split)) for split in SPLITS}
+    values = [set(re.findall(r"\d{5}", text)) for text in texts.values()]
+    assert all(len(found) > 500 for found in values)
+    assert not values[0] & values[1]
+    keys = [{key for d in made(split) for facts in told(d.text, WORDS[split])[:2] for key in facts} for split in SPLITS]
+    assert not keys[0] & keys[1]
+    for one, other in (SPLITS, SPLITS[::-1]):
+        assert all(told(d.text, WORDS[other]) == ({}, {}, []) for d in made(one))
+        assert all(answers(d.text, WORDS[other]) == [] for d in made(one))
+
+
+def test_the_same_number_gives_the_same_document_and_another_one_another():
+    texts = [d.text for d in made("train")]
+    assert texts == [d.text for d in made("train")]
+    assert texts[:10] == [d.text for d in made("train", documents=10)]
+    assert len(set(texts)) == len(texts)
+
+
+def test_lengths_are_spread_evenly_over_their_orders_of_magnitude():
+    sizes = [len(d.text) for d in made("train", 1200, 1000, 64_000) if d.source == "recall-needle"]
+    doublings = [sum(1000 * 2**i <= size < 1000 * 2 ** (i + 1) for size in sizes) for i in range(6)]
+    assert sum(doublings) >= 0.97 * len(sizes)
+    assert min(doublings) >= 0.12 * len(sizes)
+
+
+def test_needles_lie_at_all_depths():
+    depths = []
+    for document in (d for d in made("train", 400) if d.source == "recall-needle"):
+        at = document.text.index("The code of")
+        depths.append(at / len(document.text))
+    tenths = [sum(low <= depth < high for depth in depths) for low, high in pairwise([i / 5 for i in range(6)])]
+    assert min(tenths) >= 0.1 * len(depths)
+
+
+def test_filler_says_nothing_that_a_question_could_ask_for():
+    assert not [word for word in FILLER if re.fullmatch(r"([bcdfghjklmnpqrstvwxz][aeiou]){3}", word)]
+
+
+def recall_corpus(tmp_path, *words):
+    return load_config([
+        "data.kind=recall", "data.paths=[train]", "data.heldout_paths=[heldout]", "data.take=40", "data.min_chars=300",
+        "data.max_chars=3000", "model.vocab=400", f"data.prepared_dir={tmp_path}", "data.workers=1", *words,
+    ])  # fmt: skip
+
+
+def test_as_a_source_each_split_has_the_words_of_its_own(tmp_path):
+    config = recall_corpus(tmp_path)
+    folder = prepare(config.data, config.model.vocab, lambda line: None)
+    for split in SPLITS:
+        store = TokenStore.open(folder, split)
+        tokenizer = Tokenizer.load(store.tokenizer)
+        bounds = pairwise(store.offsets.tolist())
+        texts = [tokenizer.decode(store.tokens[a:b]) for a, b in bounds]
+        assert 30 <= len(texts) <= 40
+        assert all(answers(text, WORDS[split]) for text in texts)
+        assert all(300 <= len(text) <= 3000 for text in texts)
+
+
+def test_a_source_without_sizes_or_of_unknown_words_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.kind=recall needs take \(documents\), min_chars and max_chars"):
+        recall_corpus(tmp_path, "data.max_chars=null")
+    config = recall_corpus(tmp_path, "data.paths=[test]")
+    with pytest.raises(DataError, match=r"kind=recall: paths=\['test'\] must be train or heldout"):
+        prepare(config.data, config.model.vocab, lambda line: None)
