@@ -16,6 +16,7 @@ def row(step, loss=1.0):
     return {
         "step": step,
         "tokens": 8 * step,
+        "by_source": {},
         "loss": loss,
         "lr": 0.1,
         "grad_norm": 1.0,
