@@ -31,6 +31,7 @@ from nsa_train.ops.tiles_hopper import (
     load_wide,
     load_wide_queries,
     query_descriptors,
+    scores,
     takes,
     token_piece,
 )
@@ -65,14 +66,6 @@ def _produce(
 
 
 @gluon.jit
-def _scores(q1, q2, k1_buf, k2_buf, stage, zero, D2: gl.constexpr):
-    s = warpgroup_mma(q1, k1_buf.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-    if D2 > 0:
-        s = warpgroup_mma(q2, k2_buf.index(stage).permute((1, 0)), s, is_async=True)
-    return s
-
-
-@gluon.jit
 def _consume(
     W: gl.constexpr, o_desc, o_ptr, lse_ptr, q1_buf, q2_buf, k1_buf, k2_buf, v_buf,
     q_full, k_full, k_empty, v_full, v_empty, start, end, g, doc_start, n, scale,
@@ -93,7 +86,7 @@ def _consume(
     key = (n - 1) * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(0, S))
     mbarrier.wait(q_full.index(W), 0)
     mbarrier.wait(k_full.index(0), 0)
-    s = warpgroup_mma_wait(0, deps=[_scores(q1, q2, k1_buf, k2_buf, 0, zero, D2)])
+    s = warpgroup_mma_wait(0, deps=[scores(q1, q2, k1_buf.index(0), k2_buf.index(0), zero, D2)])
     mbarrier.arrive(k_empty.index(0), count=1)
     visible = key[None, :] < seen[:, None]
     s = gl.where(visible, s, -1.0e30)
@@ -104,7 +97,7 @@ def _consume(
     for j in range(n - 1):
         k_stage = (j + 1) % STAGES
         mbarrier.wait(k_full.index(k_stage), ((j + 1) // STAGES) & 1)
-        s_next = _scores(q1, q2, k1_buf, k2_buf, k_stage, zero, D2)
+        s_next = scores(q1, q2, k1_buf.index(k_stage), k2_buf.index(k_stage), zero, D2)
         v_stage = j % STAGES
         mbarrier.wait(v_full.index(v_stage), (j // STAGES) & 1)
         o_next = warpgroup_mma(p_half, v_buf.index(v_stage), o, is_async=True)

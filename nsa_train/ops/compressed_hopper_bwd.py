@@ -31,7 +31,7 @@ from nsa_train.ops.reference import NSASpec
 from nsa_train.ops.tiles import LOG2E
 from nsa_train.ops.tiles_hopper import (
     PIECES,
-    dkv_arrive,
+    add_dq,
     dkv_products,
     fill_gradients,
     fill_queries,
@@ -43,9 +43,11 @@ from nsa_train.ops.tiles_hopper import (
     query_descriptors,
     row_descriptor,
     score_columns,
+    scores,
     store_dq,
     token_piece,
     transposed_scores,
+    wide_arrive,
 )
 
 DQ_KEYS = 64  # keys in a step of dQ
@@ -112,9 +114,7 @@ def _dq_consume(
         k_stage = j % K_STAGES
         v_stage = j % V_STAGES
         mbarrier.wait(k_full.index(k_stage), (j // K_STAGES) & 1)
-        s = warpgroup_mma(q1, k1_buf.index(k_stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-        if D2 > 0:
-            s = warpgroup_mma(q2, k2_buf.index(k_stage).permute((1, 0)), s, is_async=True)
+        s = scores(q1, q2, k1_buf.index(k_stage), k2_buf.index(k_stage), zero, D2)
         mbarrier.wait(v_full.index(v_stage), (j // V_STAGES) & 1)
         dp = warpgroup_mma(do, v_buf.index(v_stage).permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
@@ -123,12 +123,7 @@ def _dq_consume(
         mbarrier.arrive(v_empty.index(v_stage), count=1)
         ds = p * (dp - delta[:, None])
         ds = gl.where(key[None, :] + j * KEYS < seen[:, None], ds, 0.0).to(DTYPE)
-        x1 = warpgroup_mma(gl.convert_layout(ds, P1), k1_buf.index(k_stage), dq1, is_async=True)
-        if D2 > 0:
-            x2 = warpgroup_mma(gl.convert_layout(ds, P2), k2_buf.index(k_stage), dq2, is_async=True)
-            dq1, dq2 = warpgroup_mma_wait(0, deps=[x1, x2])
-        else:
-            dq1 = warpgroup_mma_wait(0, deps=[x1])
+        dq1, dq2 = add_dq(dq1, dq2, ds, k1_buf.index(k_stage), k2_buf.index(k_stage), P1, P2, D2)
         mbarrier.arrive(k_empty.index(k_stage), count=1)
     store_dq(dq_ptr, dq1 * dq_scale, start + W * 4, end, g, Hq, D, 0, D1, A1, ADD)
     if D2 > 0:
@@ -224,7 +219,7 @@ def _dkv_step(
         COLUMNS, P1, P2, PV,
     )  # fmt: skip
     p = _probabilities(s, position - 4, 0, lse_buf, first_key, next_stage, scale, S, COLUMNS, HALF, CAUSAL, False)
-    dk1, dk2 = dkv_arrive(x1, x2, D2)
+    dk1, dk2 = wide_arrive(x1, x2, D2)
     phase = gl.where(next_stage == 2, phase ^ 1, phase)
     barrier()
     return next_stage, phase, j + 1, p, dk1, dk2, dv

@@ -32,6 +32,7 @@ from nsa_train.ops.tiles_hopper import (
     load_wide_queries,
     programs,
     query_descriptors,
+    scores,
     takes_heads,
 )
 
@@ -82,10 +83,8 @@ def _consume(
                 stage = steps % STAGES
                 mbarrier.wait(full.index(stage), (steps // STAGES) & 1)  # also to skip: the phases stay in step
                 if ((entry >> (4 * HALF)) & 15) != 0:
-                    s = gl.zeros([64, 64], gl.float32, layout=S)
-                    s = warpgroup_mma(q1, k1_buf.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
-                    if D2 > 0:
-                        s = warpgroup_mma(q2, k2_buf.index(stage).permute((1, 0)), s, is_async=True)
+                    zero = gl.zeros([64, 64], gl.float32, layout=S)
+                    s = scores(q1, q2, k1_buf.index(stage), k2_buf.index(stage), zero, D2)
                     s = warpgroup_mma_wait(0, deps=(s,))
                     chose = ((entry >> (4 * HALF + row // 16)) & 1) == 1
                     s = gl.where(chose[:, None], s * scale, float("-inf"))

@@ -22,10 +22,12 @@ from nsa_train.ops.tiles import LOG2E
 from nsa_train.ops.tiles_hopper import (
     PIECE,
     PIECES,
+    add_dq,
     key_descriptors,
     load_wide_queries,
     programs,
     query_descriptors,
+    scores,
     store_dq,
 )
 
@@ -51,6 +53,7 @@ def _consume(
     q1 = q1_buf.index(HALF).reshape([64, D1])
     q2 = q2_buf.index(HALF).reshape([64, D2]) if D2 > 0 else q1
     do = do_buf.index(HALF).reshape([64, DV])
+    zero = gl.zeros([64, 64], gl.float32, layout=S)
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, S))
     steps = 0
     items = 0
@@ -79,12 +82,8 @@ def _consume(
                 stage = steps % STAGES
                 mbarrier.wait(full.index(stage), (steps // STAGES) & 1)  # also to skip: the phases stay in step
                 if ((entry >> (4 * HALF)) & 15) != 0:
-                    s = gl.zeros([64, 64], gl.float32, layout=S)
-                    s = warpgroup_mma(q1, k1_buf.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
-                    if D2 > 0:
-                        s = warpgroup_mma(q2, k2_buf.index(stage).permute((1, 0)), s, is_async=True)
-                    dp = gl.zeros([64, 64], gl.float32, layout=S)
-                    dp = warpgroup_mma(do, v_buf.index(stage).permute((1, 0)), dp, use_acc=False, is_async=True)
+                    s = scores(q1, q2, k1_buf.index(stage), k2_buf.index(stage), zero, D2)
+                    dp = warpgroup_mma(do, v_buf.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
                     s = warpgroup_mma_wait(1, deps=(s,))
                     chose = ((entry >> (4 * HALF + row // 16)) & 1) == 1
                     p = gl.exp2(s * scale - gl.where(chose, lse, float("inf"))[:, None])
@@ -93,12 +92,7 @@ def _consume(
                         p = gl.where(key[None, :] <= token[:, None], p, 0.0)
                     dp = warpgroup_mma_wait(0, deps=(dp,))
                     ds = (p * (dp - delta[:, None])).to(DTYPE)
-                    dq1 = warpgroup_mma(gl.convert_layout(ds, S1), k1_buf.index(stage), dq1, is_async=True)
-                    if D2 > 0:
-                        dq2 = warpgroup_mma(gl.convert_layout(ds, S2), k2_buf.index(stage), dq2, is_async=True)
-                        dq1, dq2 = warpgroup_mma_wait(0, deps=(dq1, dq2))
-                    else:
-                        dq1 = warpgroup_mma_wait(0, deps=(dq1,))
+                    dq1, dq2 = add_dq(dq1, dq2, ds, k1_buf.index(stage), k2_buf.index(stage), S1, S2, D2)
                 mbarrier.arrive(empty.index(stage), count=1)
                 entry = following
                 steps += 1

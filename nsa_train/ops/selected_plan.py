@@ -225,6 +225,21 @@ def readers(union: Unions, T: int, documents: Documents, spec: NSASpec) -> Reade
 
 
 @triton.jit
+def _sum_parts(
+    part, out, slot, items, inside, row, there,
+    D: tl.constexpr, L: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Rows `row` of out [T * Hk, D] from the partial sums of slots `slot` ... `slot` + items - 1."""
+    for c in tl.static_range(0, D, WIDTH):
+        d = c + tl.arange(0, WIDTH)
+        mask = there[:, None] & (d < D)[None, :]
+        total = tl.zeros([KEYS, WIDTH], tl.float32)
+        for i in range(items):
+            total += tl.load(part + ((slot + i) * L + inside)[:, None] * D + d[None, :], mask=mask, other=0.0)
+        tl.store(out + row[:, None] * D + d[None, :], total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _selected_dkv_sum(
     part_k, part_v,  # [slots, l', D], [slots, l', Dv]  fp32
     dk, dv,          # [T, Hk, D], [T, Hk, Dv]
@@ -244,20 +259,8 @@ def _selected_dkv_sum(
     key = tl.load(table + column) + inside
     there = (key < tl.load(table + M + column)) & (inside < L)
     row = key.to(tl.int64) * Hk + mine // M
-    for c in tl.static_range(0, D, WIDTH):
-        d = c + tl.arange(0, WIDTH)
-        mask = there[:, None] & (d < D)[None, :]
-        total = tl.zeros([KEYS, WIDTH], tl.float32)
-        for i in range(items):
-            total += tl.load(part_k + ((slot + i) * L + inside)[:, None] * D + d[None, :], mask=mask, other=0.0)
-        tl.store(dk + row[:, None] * D + d[None, :], total.to(dk.dtype.element_ty), mask=mask)
-    for c in tl.static_range(0, DV, WIDTH):
-        d = c + tl.arange(0, WIDTH)
-        mask = there[:, None] & (d < DV)[None, :]
-        total = tl.zeros([KEYS, WIDTH], tl.float32)
-        for i in range(items):
-            total += tl.load(part_v + ((slot + i) * L + inside)[:, None] * DV + d[None, :], mask=mask, other=0.0)
-        tl.store(dv + row[:, None] * DV + d[None, :], total.to(dv.dtype.element_ty), mask=mask)
+    _sum_parts(part_k, dk, slot, items, inside, row, there, D, L, KEYS, WIDTH)
+    _sum_parts(part_v, dv, slot, items, inside, row, there, DV, L, KEYS, WIDTH)
 
 
 def partial_sums(read: Readers, L: int, D: int, Dv: int) -> tuple[Tensor, Tensor]:

@@ -111,6 +111,25 @@ def load_wide_queries(desc1, desc2, buffer1, buffer2, bar, token, head, D2: gl.c
 
 
 @gluon.jit
+def scores(q1, q2, k1, k2, zero, D2: gl.constexpr):
+    """S = Q K^T of one tile of keys [keys, D], in flight; q1, k1: the first columns, q2, k2: the last D2."""
+    s = warpgroup_mma(q1, k1.permute((1, 0)), zero, use_acc=False, is_async=True)
+    if D2 > 0:
+        s = warpgroup_mma(q2, k2.permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def add_dq(dq1, dq2, ds, k1, k2, S1: gl.constexpr, S2: gl.constexpr, D2: gl.constexpr):
+    """dQ + dS K, arrived; S1, S2: dS as operand of the first columns and of the last D2."""
+    x1 = warpgroup_mma(gl.convert_layout(ds, S1), k1, dq1, is_async=True)
+    x2 = dq2
+    if D2 > 0:
+        x2 = warpgroup_mma(gl.convert_layout(ds, S2), k2, dq2, is_async=True)
+    return wide_arrive(x1, x2, D2)
+
+
+@gluon.jit
 def store_dq(
     dq_ptr, dq, first_token, end, g, Hq: gl.constexpr, D: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr,
     LAYOUT: gl.constexpr, ADD: gl.constexpr,
@@ -219,8 +238,8 @@ def dkv_products(
 
 
 @gluon.jit
-def dkv_arrive(x1, x2, D2: gl.constexpr):
-    """(dK of the first columns, dK of the last 64) once their products are done."""
+def wide_arrive(x1, x2, D2: gl.constexpr):
+    """Sums of the first columns and of the last D2, once the products in flight are done."""
     if D2 > 0:
         x1, x2 = warpgroup_mma_wait(0, deps=[x1, x2])
     else:

@@ -34,6 +34,7 @@ from nsa_train.ops.tiles_hopper import (
     load_wide_queries,
     programs,
     query_descriptors,
+    scores,
     takes_heads,
 )
 from nsa_train.ops.window_hopper_bwd import backward
@@ -88,14 +89,6 @@ def _produce(
 
 
 @gluon.jit
-def _scores(q1, q2, k1, k2, zero, D2: gl.constexpr):
-    s = warpgroup_mma(q1, k1.permute((1, 0)), zero, use_acc=False, is_async=True)
-    if D2 > 0:
-        s = warpgroup_mma(q2, k2.permute((1, 0)), s, is_async=True)
-    return s
-
-
-@gluon.jit
 def _softmax(
     s, m, total, token, oldest, key, scale, KEYS: gl.constexpr, S: gl.constexpr, MASK: gl.constexpr
 ):  # fmt: skip
@@ -122,7 +115,7 @@ def _round(
     """Enters with p of the tile before `tile`, counted over all items; leaves with p of this one, o without it."""
     stage = tile % STAGES
     mbarrier.wait(k_full.index(stage), (tile // STAGES) & 1)
-    s = _scores(q1, q2, k1_buf.index(stage), k2_buf.index(stage), zero, D2)
+    s = scores(q1, q2, k1_buf.index(stage), k2_buf.index(stage), zero, D2)
     v_stage = (tile - 1) % STAGES
     mbarrier.wait(v_full.index(v_stage), ((tile - 1) // STAGES) & 1)
     o_next = warpgroup_mma(p, v_buf.index(v_stage), o, is_async=True)
@@ -169,7 +162,7 @@ def _consume(
         for _ in range(tail):
             mbarrier.wait(tail_full, tails & 1)
             none = gl.zeros([64, 16], gl.float32, layout=TS)
-            s_tail = warpgroup_mma_wait(0, deps=[_scores(q1, q2, k1_tail, k2_tail, none, D2)])
+            s_tail = warpgroup_mma_wait(0, deps=[scores(q1, q2, k1_tail, k2_tail, none, D2)])
             p_tail, shrink, m_tail, total_tail = _softmax(
                 s_tail, gl.convert_layout(m, T_ROWS), gl.convert_layout(total, T_ROWS),
                 gl.convert_layout(token, T_ROWS), gl.convert_layout(oldest, T_ROWS), end - W - 16, scale, 16, TS, True,
@@ -181,7 +174,7 @@ def _consume(
             total = gl.convert_layout(total_tail, S_ROWS)
         stage = tiles % STAGES
         mbarrier.wait(k_full.index(stage), (tiles // STAGES) & 1)
-        s = _scores(q1, q2, k1_buf.index(stage), k2_buf.index(stage), zero, D2)
+        s = scores(q1, q2, k1_buf.index(stage), k2_buf.index(stage), zero, D2)
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(k_empty.index(stage), count=1)
         p_wide, shrink, m, total = _softmax(s, m, total, token, oldest, end - KEYS, scale, KEYS, S, True)

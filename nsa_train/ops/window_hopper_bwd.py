@@ -28,7 +28,7 @@ from nsa_train.ops.reference import NSASpec
 from nsa_train.ops.tiles import LOG2E
 from nsa_train.ops.tiles_hopper import (
     PIECES,
-    dkv_arrive,
+    add_dq,
     dkv_products,
     fill_gradients,
     fill_queries,
@@ -40,8 +40,10 @@ from nsa_train.ops.tiles_hopper import (
     query_descriptors,
     row_descriptor,
     score_columns,
+    scores,
     store_dq,
     transposed_scores,
+    wide_arrive,
 )
 from nsa_train.ops.window_tiles_hopper import TAIL, work_item
 
@@ -97,9 +99,7 @@ def _dq_tile(
     """dQ += dS K over the keys from `key` on."""
     zero = gl.zeros([64, KEYS], gl.float32, layout=S)
     mbarrier.wait(k_full, phase)
-    s = warpgroup_mma(q1, k1.permute((1, 0)), zero, use_acc=False, is_async=True)
-    if D2 > 0:
-        s = warpgroup_mma(q2, k2.permute((1, 0)), s, is_async=True)
+    s = scores(q1, q2, k1, k2, zero, D2)
     mbarrier.wait(v_full, phase)
     dp = warpgroup_mma(do, v.permute((1, 0)), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
@@ -108,13 +108,7 @@ def _dq_tile(
     p = gl.where((at >= oldest[:, None]) & (at <= token[:, None]), p, 0.0)
     dp = warpgroup_mma_wait(0, deps=[dp])
     ds = (p * (dp - delta[:, None])).to(k1.dtype)
-    x1 = warpgroup_mma(gl.convert_layout(ds, P1), k1, dq1, is_async=True)
-    if D2 > 0:
-        x2 = warpgroup_mma(gl.convert_layout(ds, P2), k2, dq2, is_async=True)
-        dq1, dq2 = warpgroup_mma_wait(0, deps=[x1, x2])
-    else:
-        dq1 = warpgroup_mma_wait(0, deps=[x1])
-    return dq1, dq2
+    return add_dq(dq1, dq2, ds, k1, k2, P1, P2, D2)
 
 
 @gluon.jit
@@ -271,7 +265,7 @@ def _dkv_step(
         COLUMNS, P1, P2, PV,
     )  # fmt: skip
     p = _probabilities(s, token - 4, 0, lse_buf, start, next_stage, scale, W, S, COLUMNS, HALF, False)
-    dk1, dk2 = dkv_arrive(x1, x2, D2)
+    dk1, dk2 = wide_arrive(x1, x2, D2)
     phase = gl.where(next_stage == 2, phase ^ 1, phase)
     barrier()
     return next_stage, phase, j + 1, p, dk1, dk2, dv
