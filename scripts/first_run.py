@@ -7,18 +7,14 @@ python scripts/first_run.py h200 --processes 1
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from nsa_train import runtime
 from nsa_train.bench import results
-from nsa_train.train.metrics import METRICS, read_metrics
+from nsa_train.bench.runs import train_run
 
 ARMS = ("nsa", "full")
 SUMMARY = ("steps", "tokens", "val_loss_first", "val_loss_last", "unigram_entropy", "params_total", "params_active",
@@ -27,21 +23,15 @@ SUMMARY = ("steps", "tokens", "val_loss_first", "val_loss_last", "unigram_entrop
 
 def one_run(arm: str, processes: int, runs: Path, overrides: list[str]) -> dict[str, Any]:
     """Train the default experiment with one arm; a row, with `error` in place of figures where it failed."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [*launch, "-m", "nsa_train", "train", f"attention={arm}", f"runs_dir={runs}", *overrides]
-    started = time.perf_counter()
-    done = subprocess.run(command, check=False)
-    row: dict[str, Any] = {"attention": arm, "processes": processes, "command_s": time.perf_counter() - started}
-    if done.returncode:
-        return {**row, "error": f"exit code {done.returncode}"}
-    folder = runs / f"tiny-{arm}"
-    summary = json.loads((folder / "summary.json").read_text())
-    steps = [r for r in read_metrics(folder / METRICS) if r["split"] == "train"]
-    speeds = [r["tokens_per_s"] for r in steps[1:]]  # the first holds start-up
+    run = train_run(runs / f"tiny-{arm}", [f"attention={arm}", f"runs_dir={runs}", *overrides], processes, show=True)
+    row: dict[str, Any] = {"attention": arm, "processes": processes, "command_s": run.command_s}
+    if run.error:
+        return {**row, "error": run.error}
+    speeds = [r["tokens_per_s"] for r in run.logged[1:]]  # the first holds start-up
     return {
-        **row, **{key: summary[key] for key in SUMMARY}, "tokens_per_s": statistics.median(speeds),
+        **row, **{key: run.summary[key] for key in SUMMARY}, "tokens_per_s": statistics.median(speeds),
         "tokens_per_s_min": min(speeds), "tokens_per_s_max": max(speeds),
-        "peak_gib": max(r["mem_gib"] for r in steps),
+        "peak_gib": max(r["mem_gib"] for r in run.logged),
     }  # fmt: skip
 
 

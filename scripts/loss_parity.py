@@ -8,17 +8,15 @@ All runs share the GPU at the same time: losses are compared here, not speeds.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from nsa_train.bench import results
-from nsa_train.train.metrics import METRICS, read_metrics
+from nsa_train.bench.runs import train_run
 
 SMOOTHED_STEPS = 20  # the mean over so many steps is compared: single steps differ by rounding
 PRESETS = {
@@ -37,23 +35,19 @@ WAYS = {
 def curve(preset: str, way: str, steps: int, folder: Path) -> dict[str, Any]:
     """Train once; a row with the loss of every step, or with `error`."""
     name = f"{preset}-{way.split(',')[0]}-{len(way)}"
-    command = [
-        sys.executable, "-m", "nsa_train", "train", *PRESETS[preset], *WAYS[way], f"trainer.steps={steps}",
-        f"name={name}", f"runs_dir={folder}", f"data.prepared_dir={folder}/prepared", "trainer.log_every=1",
+    overrides = [
+        *PRESETS[preset], *WAYS[way], f"trainer.steps={steps}", f"name={name}", f"runs_dir={folder}",
+        f"data.prepared_dir={folder}/prepared", "trainer.log_every=1",
         f"trainer.val_every={steps}", f"trainer.checkpoint_every={steps}", "trainer.export=false",
         "logging.wandb=disabled",
     ]  # fmt: skip
-    row: dict[str, Any] = {"preset": preset, "way": way, "steps": steps}
-    started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    row["command_s"] = time.perf_counter() - started
-    if done.returncode:
-        return {**row, "error": f"exit code {done.returncode}: {done.stderr.strip()[-300:]}"}
-    steps_done = [r for r in read_metrics(folder / name / METRICS) if r["split"] == "train"]
-    summary = json.loads((folder / name / "summary.json").read_text())
+    run = train_run(folder / name, overrides)
+    row: dict[str, Any] = {"preset": preset, "way": way, "steps": steps, "command_s": run.command_s}
+    if run.error:
+        return {**row, "error": run.error}
     return {
-        **row, "loss": [r["loss"] for r in steps_done], "val_loss_last": summary["val_loss_last"],
-        "corpus_hash": summary["corpus_hash"],
+        **row, "loss": [r["loss"] for r in run.logged], "val_loss_last": run.summary["val_loss_last"],
+        "corpus_hash": run.summary["corpus_hash"],
     }  # fmt: skip
 
 

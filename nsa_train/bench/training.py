@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,11 +16,12 @@ import torch
 
 from nsa_train import runtime
 from nsa_train.bench import results
+from nsa_train.bench.runs import train_run
 from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
+from nsa_train.data.loader import largest_divisor
 from nsa_train.errors import NsaTrainError
 from nsa_train.plan import training_flops
-from nsa_train.train.metrics import METRICS, read_metrics
 
 PEAK_FLOPS = {"90": 989e12}  # dense bf16 of a GPU, by architecture
 LOG_EVERY = 5  # steps that a speed is a mean over; the first ones hold start-up and compilation
@@ -37,15 +35,15 @@ def overrides_of(preset: str, arm: str, T: int, steps: int, rest: list[str]) -> 
     ]  # fmt: skip
 
 
-def figures(speeds: list[float], config: Config, gpus: int, peak_flops: float | None) -> dict[str, float | None]:
+def figures(
+    speeds: list[float], config: Config, full: Config, gpus: int, peak_flops: float | None
+) -> dict[str, float | None]:
     """Speed and MFU: of the FLOPs executed, and of those that full attention would take for the same tokens."""
     speed = statistics.median(speeds)
-    T = config.trainer.seq_len
-    full = load_config([f"experiment={config.experiment}", "attention=full", f"trainer.seq_len={T}"])
     share = speed / (gpus * peak_flops) if peak_flops else None
     return {
         "tokens_per_s": speed, "tokens_per_s_min": min(speeds), "tokens_per_s_max": max(speeds),
-        "step_ms": 1e3 * config.trainer.batch_rows * T / speed,
+        "step_ms": 1e3 * config.trainer.batch_rows * config.trainer.seq_len / speed,
         "mfu_executed": share and share * training_flops(config), "mfu_dense": share and share * training_flops(full),
     }  # fmt: skip
 
@@ -53,26 +51,22 @@ def figures(speeds: list[float], config: Config, gpus: int, peak_flops: float | 
 def one_run(preset: str, arm: str, T: int, steps: int, gpus: int, rest: list[str], folder: Path) -> dict[str, Any]:
     """A row; with `error` in place of figures where the run failed."""
     overrides = overrides_of(preset, arm, T, steps, rest)
-    config = load_config(overrides)
+    config, full = load_config(overrides), load_config(overrides_of(preset, "full", T, steps, rest))
     per_rank = config.trainer.batch_rows // gpus
     row: dict[str, Any] = {
         "preset": preset, "attention": arm, "T": T, "gpus": gpus, "zero": config.parallel.zero_stage, "ep": 1, "sp": 1,
-        "micro_batch": min(config.trainer.micro_rows, per_rank), "overrides": rest,
+        "micro_batch": largest_divisor(per_rank, config.trainer.micro_rows), "overrides": rest,
     }  # fmt: skip
     name = f"{preset}-{arm}-{T}"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
     places = [f"name={name}", f"runs_dir={folder}", f"data.prepared_dir={folder}/prepared"]
-    started = time.perf_counter()
-    command = [*launch, "-m", "nsa_train", "train", *overrides, *places]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    row["command_s"] = time.perf_counter() - started
-    if done.returncode:
-        return {**row, "error": f"exit code {done.returncode}: {done.stderr.strip()[-300:]}"}
-    logged = [r for r in read_metrics(folder / name / METRICS) if r["split"] == "train"]
-    speeds = [r["tokens_per_s"] for r in logged[len(logged) // 3 :]]
+    run = train_run(folder / name, [*overrides, *places], processes=gpus)
+    row["command_s"] = run.command_s
+    if run.error:
+        return {**row, "error": run.error}
+    speeds = [r["tokens_per_s"] for r in run.logged[len(run.logged) // 3 :]]
     return {
-        **row, **figures(speeds, config, gpus, PEAK_FLOPS.get(results.device_facts()["sm"] or "")),
-        "peak_gib": max(r["mem_gib"] for r in logged), "parts": {},
+        **row, **figures(speeds, config, full, gpus, PEAK_FLOPS.get(results.device_facts()["sm"] or "")),
+        "peak_gib": max(r["mem_gib"] for r in run.logged), "parts": {},
     }  # fmt: skip
 
 
