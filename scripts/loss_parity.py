@@ -99,7 +99,7 @@ def smoothed_gap(losses: list[float], wanted: list[float]) -> list[float]:
 
 
 def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line per preset and pair of ways: how far apart their curves are, of single runs and of the mean over seeds."""
+    """One line per preset and pair of ways: how far apart the curves are, of single runs and of the mean over seeds."""
     found = []
     for preset, (way, beside) in product(PRESETS, PAIRS):
         one, other = (
