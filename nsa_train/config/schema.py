@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 Branch = Literal["cmp", "slc", "win", "full"]
-BRANCH_LISTS = (("full",), ("win",), ("cmp", "slc", "win"))
+BRANCH_LISTS = (("full",), ("win",), ("cmp", "slc", "win"), ("cmp", "win"), ("cmp", "slc"))
 YEAR_S = 365 * 86400
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
