@@ -1,6 +1,7 @@
 """The run folder: claimed by one job, bound to one configuration, and what stands in it beside checkpoints.
 
-runs/<name>/  config.yaml  manifest.json  deepspeed.json  metrics.jsonl  summary.json  checkpoints/  export/
+runs/<name>/  config.yaml  manifest.json  deepspeed.json  metrics.jsonl  summary.json  heldout.npz  checkpoints/
+              export/
 """
 
 from __future__ import annotations
