@@ -313,7 +313,10 @@ class _Run:
         before = self.folder.read_json("manifest.json")
         self.wandb_id = self.wandb_id or before.get("wandb_id") or secrets.token_hex(4)
         manifest = {
-            "corpus": {"name": self.facts["name"], "hash": self.facts["hash"]},
+            "corpus": {
+                "name": self.facts["name"], "hash": self.facts["hash"], "share_past": self.facts["train"]["share_past"],
+                "epochs": self.loaders["train"].epochs(self.config.trainer.steps),
+            },
             "tokenizer_sha256": self.facts["tokenizer_sha256"],
             "common_weights_sha256": _common_hash(self.initial_weights),
             "initial_weights_sha256": self.initial_weights,
@@ -323,7 +326,7 @@ class _Run:
             "device": runtime.device_name(),
             "world_size": self.world,
             "wandb_id": self.wandb_id,
-        }
+        }  # fmt: skip
         self.folder.bind()
         self.folder.write("manifest.json", manifest)
         self.folder.write("deepspeed.json", self.settings)
