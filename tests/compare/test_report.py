@@ -11,7 +11,10 @@ from nsa_train.compare.runs import Arms, Run
 from nsa_train.compare.statistics import Difference
 from nsa_train.plan import training_flops
 
-PASSED = [{"arm": arm, "gate": "future", "passed": True, "found": "0", "demanded": "0"} for arm in ("full", "nsa")]
+PASSED = [
+    {"experiment": "tiny", "arm": arm, "gate": "future", "passed": True, "found": "0", "demanded": "0"}
+    for arm in ("full", "nsa")
+]
 
 
 def difference(baseline, mean, seeds=3, spread=0.001):
@@ -156,6 +159,14 @@ def test_the_markdown_says_what_the_json_says(result):
 def test_without_full_the_first_arm_is_the_baseline(tmp_path):
     runs = [make_run(tmp_path, arm) for arm in ("window", "nsa_no_win")]
     assert Arms.read(runs).pairs == [("nsa_no_win", "window")]
+
+
+def test_gates_of_another_experiment_are_refused(tmp_path, capsys):
+    runs = [str(make_run(tmp_path, arm)) for arm in ("full", "nsa")]
+    gates = {"schema": "nsa-train/gates/1", "rows": [{**PASSED[0], "experiment": "r1"}]}
+    (tmp_path / "gates.json").write_text(json.dumps(gates))
+    assert main(["compare", *runs, "--gates", str(tmp_path / "gates.json")]) == 2
+    assert "of r1, but the runs are of tiny" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
