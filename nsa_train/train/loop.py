@@ -36,6 +36,7 @@ from nsa_train.train.evaluate import evaluate, means
 from nsa_train.train.export import export_model
 from nsa_train.train.folder import RunFolder
 from nsa_train.train.guards import BadSteps, StopSignals
+from nsa_train.train.heldout import HELDOUT, document_losses
 from nsa_train.train.metrics import Clock, Metrics, plot_losses
 from nsa_train.train.optim import build_optimizer, lr_at
 
@@ -121,7 +122,7 @@ class _Run:
         dtype = runtime.dtype_of(trainer.dtype)
         self.model = Transformer(config.model, config.attention, config.moe)
         self.model.start(config.seed)
-        self.common_weights = _weights_hash(self.model)
+        self.initial_weights = _weights_hashes(self.model)
         self.parameters = count_parameters(self.model)
         self.model.recompute_activations(trainer.activation_checkpointing)
         if trainer.compile:
@@ -167,8 +168,9 @@ class _Run:
     def _train(self) -> None:
         for row in self._steps():
             self._after_step(row)
+        self._enter(self.config.trainer.steps - 1)
+        self._measure_documents()
         if self.config.trainer.export:
-            self._enter(self.config.trainer.steps - 1)
             target = self.folder.path / "export"
             on_main(lambda: export_model(self.model, self.config, self.corpus / self.facts["tokenizer"], target))
 
@@ -277,6 +279,13 @@ class _Run:
             self.metrics.validation({"step": self.progress.step, "tokens": tokens, **found})
         self.clock.reset()
 
+    def _measure_documents(self) -> None:
+        found = document_losses(
+            self.model, self.loaders["heldout"], self.config.trainer, self.config.attention.window,
+            self.facts["sources"], self.device, self.config.trainer.steps - 1,
+        )  # fmt: skip
+        on_main(lambda: found.save(self.folder.path / HELDOUT))
+
     def _save(self) -> None:
         self.progress.wall_s = self._wall_s()
         state = {
@@ -304,15 +313,20 @@ class _Run:
         before = self.folder.read_json("manifest.json")
         self.wandb_id = self.wandb_id or before.get("wandb_id") or secrets.token_hex(4)
         manifest = {
-            "corpus": {"name": self.facts["name"], "hash": self.facts["hash"]},
+            "corpus": {
+                "name": self.facts["name"], "hash": self.facts["hash"], "share_past": self.facts["train"]["share_past"],
+                "epochs": self.loaders["train"].epochs(self.config.trainer.steps),
+            },
             "tokenizer_sha256": self.facts["tokenizer_sha256"],
-            "common_weights_sha256": self.common_weights,
+            "common_weights_sha256": _common_hash(self.initial_weights),
+            "initial_weights_sha256": self.initial_weights,
+            "rows_fingerprint": self.loaders["train"].fingerprint,
             "commit": runtime.git_commit(),
             "versions": runtime.versions(),
             "device": runtime.device_name(),
             "world_size": self.world,
             "wandb_id": self.wandb_id,
-        }
+        }  # fmt: skip
         self.folder.bind()
         self.folder.write("manifest.json", manifest)
         self.folder.write("deepspeed.json", self.settings)
@@ -420,11 +434,18 @@ def _epochs(epochs: dict[str, float]) -> str:
     return "epochs " + ", ".join(f"{value} of {name}" for name, value in shown.items())
 
 
-def _weights_hash(model: Transformer) -> str:
+def _weights_hashes(model: Transformer) -> dict[str, str]:
+    """sha256 of each parameter's initial values, by name and shape: equal in all arms that have the parameter."""
+    return {
+        f"{name} {list(parameter.shape)}": hashlib.sha256(parameter.detach().numpy().tobytes()).hexdigest()
+        for name, parameter in sorted(model.named_parameters())
+    }
+
+
+def _common_hash(weights: dict[str, str]) -> str:
     """sha256 over the initial values that `full` and `nsa` share; equal hashes make their comparison fair."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, one in weights.items():
         if not any(part in name for part in ARM_ONLY):
-            digest.update(name.encode())
-            digest.update(parameter.detach().numpy().tobytes())
+            digest.update(f"{name} {one}".encode())
     return digest.hexdigest()
