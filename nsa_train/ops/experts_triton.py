@@ -8,6 +8,8 @@ times. The plain forms stand in `ops/experts.py`. No atomics: the same bits ever
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -15,8 +17,9 @@ from torch import Tensor
 
 from nsa_train.ops.tiles import power_of_two
 
-ELEMENTS = 4096  # of a program's tile
+ELEMENTS = 2048  # of a program's tile: 16 a thread
 WIDEST = 1024  # columns in it, at most
+NARROWEST = 64  # columns in it where they divide the width, so that none is masked
 WARPS = 4
 
 
@@ -103,7 +106,9 @@ def _sum_rows_bwd(
 
 def _tile(width: int) -> tuple[int, int]:
     """Rows and columns of a program's tile."""
-    columns = min(WIDEST, power_of_two(width, 16))
+    columns = math.gcd(width, WIDEST)
+    if columns < NARROWEST:
+        columns = min(WIDEST, power_of_two(width, 16))
     return ELEMENTS // columns, columns
 
 
