@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from nsa_train.config import schema
-from nsa_train.config.load import config_from_tree, to_tree
+from nsa_train.config.load import to_tree
 from nsa_train.data.stages import stages_of
 from nsa_train.errors import NsaTrainError, RunFolderError
 from nsa_train.plan import training_flops
-from nsa_train.train.folder import FREE_KEYS, differing
+from nsa_train.train.folder import FREE_KEYS, differing, read_config
 from nsa_train.train.heldout import HELDOUT, HeldOut
 from nsa_train.train.metrics import METRICS, read_metrics
 
@@ -44,11 +43,7 @@ class Run:
         if summary.get("status") != "done":
             steps = f", {summary['steps']} steps taken" if "steps" in summary else ""
             raise RunFolderError(f"{folder}: the run is not finished ({summary.get('status', 'running')}{steps})")
-        try:
-            config = config_from_tree(yaml.safe_load((folder / "config.yaml").read_text()))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RunFolderError(f"{folder / 'config.yaml'}: cannot be read ({error})") from error
-        manifest, rows = _json(folder / "manifest.json"), read_metrics(folder / METRICS)
+        config, manifest, rows = read_config(folder), _json(folder / "manifest.json"), read_metrics(folder / METRICS)
         if missing := [key for key in PROOFS if key not in manifest]:
             raise RunFolderError(f"{folder / 'manifest.json'}: says nothing of {', '.join(missing)}; train again")
         return Run(folder, config, manifest, summary, rows, HeldOut.load(folder / HELDOUT))

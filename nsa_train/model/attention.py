@@ -34,6 +34,7 @@ class Attention(nn.Module):
         self.config = attention
         self.heads, self.key_dim = model.heads, model.key_dim
         self.spec = spec_of(attention)
+        self.kept_blocks: list[Tensor] | None = None  # a list receives the blocks [T, Hk, n] of each call
         self.q = nn.Linear(model.width, model.heads * model.key_dim, bias=False)
         self.kv = nn.ModuleDict({kv_name(branch, attention): KeyValue(model) for branch in attention.branches})
         if "cmp" in attention.branches:
@@ -85,6 +86,8 @@ class Attention(nn.Module):
             q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, self._op_gates(gates), self.spec, packing.cu_seqlens,
             blocks=self._chosen_blocks(packing, k_slc.shape[1]), backend=self.config.backend, return_details=True,
         )  # fmt: skip
+        if self.kept_blocks is not None:
+            self.kept_blocks.append(details.blocks)
         if probe is not None and "slc" in self.config.branches:
             one = slice(0, min(packing.lengths[0], PROBED_TOKENS))
             probe["selection"] = selection_statistics(q[one], k_slc[one], v_slc[one], details.blocks[one], self.spec)
