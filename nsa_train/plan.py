@@ -77,7 +77,8 @@ def state_gib(parameters: int, zero_stage: int, dtype: torch.dtype, ranks: int) 
     """GiB of weights, gradients and optimizer state on one rank; activations come on top."""
     width = 2 if dtype == torch.bfloat16 else 4
     gradients = width if zero_stage == 1 else 4 / ranks
-    return parameters * (width + gradients + 12 / ranks) / 2**30
+    weights = width / ranks if zero_stage == 3 else width
+    return parameters * (weights + gradients + 12 / ranks) / 2**30
 
 
 def plan(config: Config) -> str:

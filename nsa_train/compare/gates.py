@@ -107,7 +107,7 @@ class Subject:
         """Mean loss of each batch, through the engine; `decay` is the schedule of the runs, else a constant rate."""
         optim = self.config.optim
         model.to(self.device).train()
-        settings = engine_settings(2, self.dtype, self.config.parallel.reduce_dtype, optim.clip, 1, 1, 1)
+        settings = engine_settings(self.config.parallel, self.dtype, optim.clip, 1, 1, 1)
         engine = Engine(model, build_optimizer(model, optim), settings)
         for step, (tokens, labels, packing) in zip(range(steps), batches, strict=False):
             engine.set_lr(lr_at(step, steps, optim.lr, self.config.schedule) if decay else optim.lr)

@@ -189,8 +189,10 @@ def _convert(kind: Any, value: Any) -> Any:
         return tuple(_convert(args[0], item) for item in value)
     if origin is dict:
         if not isinstance(value, dict):
-            raise TypeError("a table of names and numbers")
+            raise TypeError("a table of names and values")
         return {str(name): _convert(args[1], item) for name, item in value.items()}
+    if kind is Any:
+        return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < sys.float_info.max else math.inf
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

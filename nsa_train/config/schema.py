@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from nsa_train.config import deepspeed_keys
 
 Branch = Literal["cmp", "slc", "win", "full"]
 BRANCH_LISTS = (("full",), ("win",), ("cmp", "slc", "win"), ("cmp", "win"), ("cmp", "slc"))
@@ -264,17 +266,24 @@ class ScheduleConfig:
 class ParallelConfig:
     """What DeepSpeed shards, and how ranks talk."""
 
-    zero_stage: int  # 1 or 2; 2 also shards gradients and sums them in fp32
+    zero_stage: int  # 1: optimizer state is sharded; 2: gradients too, summed in fp32; 3: weights too
+    offload_optimizer: Literal["none", "cpu"]  # where fp32 weights and moments are kept and updated
+    offload_params: Literal["none", "cpu"]  # where shards of the weights are kept
     reduce_dtype: Literal["fp32", "bf16"]  # gradients between ranks
     timeout_s: int  # a collective that takes longer ends the job
+    deepspeed: dict[str, Any]  # DeepSpeed's own keys beside ours
 
     def problems(self) -> list[str]:
         found = _not_positive(self, "timeout_s")
         if self.timeout_s > YEAR_S:
             found.append(f"timeout_s={self.timeout_s} must be at most {YEAR_S}, a year")
-        if self.zero_stage not in (1, 2):
-            found.append(f"zero_stage={self.zero_stage} must be 1 or 2")
-        return found
+        if self.zero_stage not in (1, 2, 3):
+            found.append(f"zero_stage={self.zero_stage} must be 1, 2 or 3")
+        if self.offload_params != "none" and self.zero_stage != 3:
+            found.append(
+                f"offload_params={self.offload_params} needs sharded weights: zero_stage=3, not {self.zero_stage}"
+            )
+        return found + deepspeed_keys.problems(self.deepspeed)
 
 
 @dataclass(frozen=True)

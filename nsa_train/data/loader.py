@@ -127,14 +127,19 @@ class Loader:
     def sequential(self, rows: int, rank: int, world: int, micro_rows: int, step: int = 0) -> Iterator[Batch]:
         """This rank's share of the first `rows` rows of an order that only a new stage changes; for validation.
 
-        The order is a seeded shuffle, so few rows hold many documents. Ranks may get a row more or less than others,
-        or none; the last micro-batch may be smaller.
+        The order is a seeded shuffle, so few rows hold many documents. All ranks get as many batches, as ZeRO 3 needs:
+        a rank that is short of a row gets one without labels. The last micro-batch may be smaller.
         """
         plan = self._mixture(self._stage_number(step)).streams[0].whole
         order = np.random.default_rng(runtime.seed_of(self._seed, "order", "validation")).permutation(plan.rows)
-        mine = order[:rows][rank::world].tolist()
-        for at in range(0, len(mine), micro_rows):
-            yield self._batch([Row(plan, number) for number in mine[at : at + micro_rows]])
+        order = order[:rows].tolist()
+        mine, most = order[rank::world], -(-len(order) // world)
+        for at in range(0, most, micro_rows):
+            numbers = mine[at : at + micro_rows]
+            filled = numbers + order[: min(micro_rows, most - at) - len(numbers)]
+            batch = self._batch([Row(plan, number) for number in filled])
+            batch.labels[len(numbers) * plan.seq_len :] = NO_LABEL
+            yield batch
 
     # What a run has read ----------------------------------------------------------------------------------------------
 

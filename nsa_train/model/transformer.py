@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,11 @@ from nsa_train.ops.loss import chunked_token_losses
 from nsa_train.packing import Packing
 
 
-@dataclass(frozen=True)
-class Output:
-    """token_losses [T] fp32 nats, 0 without label; balance: sum over tokens and layers; load [MoE layers, E] tokens."""
+class Output(NamedTuple):
+    """token_losses [T] fp32 nats, 0 without label; balance: sum over tokens and layers; load [MoE layers, E] tokens.
+
+    A tuple, because ZeRO 3 looks for tensors in tuples to gather the head's weight before the backward pass.
+    """
 
     token_losses: Tensor
     balance: Tensor

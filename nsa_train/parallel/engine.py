@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,9 +19,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nsa_train import runtime
+from nsa_train.config import schema
+from nsa_train.config.deepspeed_keys import merged
 from nsa_train.errors import NsaTrainError
 
 T = TypeVar("T")
+PARTS = ("master", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight
 
 
 def start_processes(device: torch.device, timeout_s: int) -> None:
@@ -70,42 +73,60 @@ def sum_over_ranks(*tensors: Tensor) -> None:
 
 
 def engine_settings(
-    zero_stage: int, dtype: torch.dtype, reduce_dtype: str, clip: float, micro_rows: int, accumulation: int, world: int
+    parallel: schema.ParallelConfig, dtype: torch.dtype, clip: float, micro_rows: int, accumulation: int, world: int
 ) -> dict[str, Any]:
     """The configuration that DeepSpeed is given."""
     bf16 = dtype == torch.bfloat16
-    return {
+    zero: dict[str, Any] = {
+        "stage": parallel.zero_stage,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "round_robin_gradients": False,
+        "reduce_bucket_size": 200_000_000,
+        "allgather_bucket_size": 200_000_000,
+    }
+    pinned = {"pin_memory": torch.cuda.is_available()}
+    if parallel.offload_optimizer != "none":
+        zero["offload_optimizer"] = {"device": parallel.offload_optimizer, **pinned}
+    if parallel.offload_params != "none":
+        zero["offload_param"] = {"device": parallel.offload_params, **pinned}
+    ours = {
         "train_batch_size": micro_rows * accumulation * world,
         "train_micro_batch_size_per_gpu": micro_rows,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clip,
         "bf16": {"enabled": bf16, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": reduce_dtype if bf16 else "fp32",
-        "zero_optimization": {
-            "stage": zero_stage,
-            "overlap_comm": False,
-            "contiguous_gradients": True,
-            "round_robin_gradients": False,
-            "reduce_bucket_size": 200_000_000,
-            "allgather_bucket_size": 200_000_000,
-        },
+        "communication_data_type": parallel.reduce_dtype if bf16 else "fp32",
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # its own is compiled at run time; torch's fused AdamW runs on CPUs too
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,
     }
+    return merged(ours, parallel.deepspeed)
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Where one parameter lies in the flat vector of its optimizer group."""
+class Piece:
+    """Elements [start, stop) of a flattened parameter; this rank holds them at `at` in its flat vector `group`."""
 
     name: str
-    offset: int
-    shape: tuple[int, ...]
+    start: int
+    stop: int
+    group: int
+    at: int
+
+    @property
+    def place(self) -> slice:
+        return slice(self.at, self.at + self.stop - self.start)
 
 
 class Engine:
-    """A DeepSpeed engine with ZeRO stage 1 or 2 and a torch AdamW inside."""
+    """A DeepSpeed engine with ZeRO stage 1, 2 or 3 and a torch AdamW inside.
+
+    At stage 3 a weight is whole only while its module runs. The experts of a layer are one parameter of one module, so
+    which weights are gathered never depends on the routing, and no module needs to be marked as a leaf.
+    """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> None:
         import deepspeed
@@ -116,6 +137,7 @@ class Engine:
         )
         self.module: Any = model
         self.accumulation: int = settings["gradient_accumulation_steps"]
+        self._weights_sharded: bool = settings["zero_optimization"]["stage"] == 3
 
     def __call__(self, *inputs: Any) -> Any:
         return self._engine(*inputs)
@@ -139,44 +161,89 @@ class Engine:
         for group in self._zero.param_groups:
             group["lr"] = lr
 
-    # Sharded state: each group is one flat fp32 vector, cut into equal partitions, so any world size can re-cut it.
+    def whole_weights(self) -> dict[str, Tensor]:
+        """Every weight and buffer by name in rank 0's host memory; nothing on other ranks. Called on all ranks."""
+        import deepspeed
 
-    def layout(self) -> list[list[Slot]]:
-        """Parameters of each optimizer group in the order of its flat vector."""
-        return [
-            [Slot(self._names[id(p)], int(at), tuple(p.shape)) for p, at in zip(group, offsets, strict=True)]
-            for group, offsets in zip(
-                self._zero.round_robin_bit16_groups, self._zero.round_robin_bit16_offsets, strict=True
-            )
-        ]
+        found = {}
+        for name, parameter in self.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self._weights_sharded):
+                if runtime.rank() == 0:
+                    found[name] = parameter.detach().cpu().clone()
+        if runtime.rank() == 0:
+            found |= {name: buffer.cpu() for name, buffer in self.module.named_buffers()}
+        return found
 
-    def partition_sizes(self) -> list[int]:
-        return [int(size) for size in self._zero.partition_size]
+    # Sharded state: each rank holds flat fp32 vectors. Cut into pieces of parameters they fit any layout.
+
+    def pieces(self) -> list[Piece]:
+        """What this rank's flat vectors hold, without padding."""
+        return list(self._pieces_of_weights() if self._weights_sharded else self._pieces_of_groups())
+
+    def _pieces_of_groups(self) -> Iterator[Piece]:
+        """Stages 1 and 2: the parameters of a group lie one behind the other, and the whole is cut in equal parts."""
+        groups = zip(self._zero.round_robin_bit16_groups, self._zero.round_robin_bit16_offsets, strict=True)
+        for group, ((parameters, offsets), size) in enumerate(zip(groups, self._zero.partition_size, strict=True)):
+            first = runtime.rank() * size
+            for parameter, offset in zip(parameters, offsets, strict=True):
+                start, stop = max(offset, first), min(offset + parameter.numel(), first + size)
+                if start < stop:
+                    yield Piece(self._names[id(parameter)], start - offset, stop - offset, group, start - first)
+
+    def _pieces_of_weights(self) -> Iterator[Piece]:
+        """Stage 3: each parameter is cut in equal parts."""
+        for group, parameters in enumerate(self._zero.fp16_groups):
+            at = 0
+            for parameter in parameters:
+                size = parameter.partition_numel()
+                start, stop = runtime.rank() * size, min((runtime.rank() + 1) * size, parameter.ds_numel)
+                if start < stop:
+                    yield Piece(self._names[id(parameter)], start, stop, group, at)
+                at += size
+
+    @property
+    def _masters(self) -> list[Tensor]:
+        """This rank's flat fp32 weights."""
+        zero = self._zero
+        return zero.fp32_partitioned_groups_flat if self._weights_sharded else zero.single_partition_of_fp32_groups
 
     def steps_taken(self) -> int:
         """Optimizer steps that AdamW has taken (skipped ones are not counted)."""
-        state = self._zero.optimizer.state.get(self._zero.single_partition_of_fp32_groups[0])
+        state = self._zero.optimizer.state.get(self._masters[0])
         return int(state["step"]) if state else 0
 
-    def shard(self) -> dict[str, Tensor]:
-        """This rank's partition of each group: `<group>.master`, `.exp_avg`, `.exp_avg_sq`, all fp32."""
-        tensors = {}
-        for i, master in enumerate(self._zero.single_partition_of_fp32_groups):
+    def _flat_state(self) -> list[dict[str, Tensor]]:
+        """For each of this rank's flat vectors the PARTS; moments are zeros before the first step."""
+        found = []
+        for master in self._masters:
             state = self._zero.optimizer.state.get(master) or {}
-            tensors[f"{i}.master"] = master.detach()
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{i}.{moment}"] = state[moment] if moment in state else torch.zeros_like(master)
-        return tensors
+            moments = {part: state[part] if state else torch.zeros_like(master) for part in PARTS[1:]}
+            found.append({"master": master.detach(), **moments})
+        return found
 
-    def load_shard(self, tensors: dict[str, Tensor], steps_taken: int) -> None:
-        """Put this rank's partition back and refresh the working weights of every rank from it."""
+    def shard(self) -> dict[str, Tensor]:
+        """This rank's pieces: `master/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>`, all flat and fp32."""
+        flat = self._flat_state()
+        return {
+            f"{part}/{piece.name}": flat[piece.group][part][piece.place] for piece in self.pieces() for part in PARTS
+        }
+
+    def load_shard(self, read: Callable[[str, Piece], Tensor], steps_taken: int) -> None:
+        """Take this rank's pieces from `read(part, piece)` and refresh the working weights of every rank."""
         fused = self._zero.optimizer.defaults.get("fused")
-        for i, master in enumerate(self._zero.single_partition_of_fp32_groups):
-            master.data.copy_(tensors[f"{i}.master"])
-            if steps_taken:
-                self._zero.optimizer.state[master] = {
-                    "step": torch.tensor(float(steps_taken), device=master.device if fused else "cpu"),
-                    "exp_avg": tensors[f"{i}.exp_avg"].to(master.device),
-                    "exp_avg_sq": tensors[f"{i}.exp_avg_sq"].to(master.device),
-                }
-        self._zero.update_lp_params()
+        for master in self._masters if steps_taken else ():
+            self._zero.optimizer.state[master] = {
+                "step": torch.tensor(float(steps_taken), device=master.device if fused else "cpu"),
+                **{part: torch.zeros_like(master) for part in PARTS[1:]},
+            }
+        flat = self._flat_state()
+        for piece in self.pieces():
+            for part in PARTS:
+                flat[piece.group][part][piece.place] = read(part, piece)
+        if self._weights_sharded:
+            self._zero._partition_all_parameters()
+            for group in range(len(self._masters)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(group)
+            self._zero._post_step([])  # gathers the small parameters that stay whole between steps
+        else:
+            self._zero.update_lp_params()

@@ -2,13 +2,13 @@
 
     checkpoints/step_50/          complete: the directory was renamed to this after its manifest was on disk
         manifest.json             step, tokens, model identity, layout, size and sha256 of every other file
-        optimizer_00000.safetensors   rank 0's partition of fp32 weights and Adam moments, and its random states
+        optimizer_00000.safetensors   rank 0's pieces of fp32 weights and Adam moments, and its random states
         buffers.safetensors       router biases
     checkpoints/latest.json       pointer for people and scripts; resuming looks at the directories themselves
     checkpoints/step_50.tmp-*     being written, or torn by a kill: never read, removed by the next save
     checkpoints/step_50.corrupt   found damaged: named in the log, never read
 
-Nothing is unpickled: safetensors and JSON only. Partitions of flat vectors are re-cut for any number of ranks.
+Nothing is unpickled: safetensors and JSON only. Pieces of parameters are re-cut for any number of ranks and ZeRO stage.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import random
 import re
 import secrets
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,14 @@ from torch import Tensor
 
 from nsa_train import runtime
 from nsa_train.errors import CheckpointError, StorageError
-from nsa_train.parallel.engine import Engine, Slot, on_rank_zero
+from nsa_train.parallel.engine import Engine, on_rank_zero
 
-SCHEMA = "nsa-train/checkpoint/1"
+SCHEMA = "nsa-train/checkpoint/2"
 COMPLETE = re.compile(r"step_(\d+)")
 MANIFEST = "manifest.json"
 BUFFERS = "buffers.safetensors"
 SHARD = "optimizer_{:05d}.safetensors"
+OWN = "rank"  # the only entry of a shard's metadata: safetensors writes several in any order, and files are compared
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def _write_own_files(aside: Path, engine: Engine) -> list[tuple[str, int, str]]:
     shard["rng.torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         shard["rng.cuda"] = torch.cuda.get_rng_state()
-    own = [(SHARD.format(runtime.rank()), shard, {"rng": _python_random_state()})]
+    starts = {piece.name: piece.start for piece in engine.pieces()}
+    own = [(SHARD.format(runtime.rank()), shard, {OWN: json.dumps({"rng": _python_random_state(), "starts": starts})})]
     if runtime.rank() == 0:
         own.append((BUFFERS, {name: b.cpu() for name, b in engine.module.named_buffers()}, {}))
     written = []
@@ -140,8 +142,7 @@ def _complete(
         raise StorageError(problems[0])
     manifest = {
         "schema": SCHEMA, "step": step, "identity": identity, "world_size": len(gathered),
-        "partition_sizes": engine.partition_sizes(), "steps_taken": engine.steps_taken(),
-        "layout": [[asdict(slot) for slot in group] for group in engine.layout()],
+        "steps_taken": engine.steps_taken(),
         "files": {name: {"bytes": size, "sha256": sha} for files, _ in gathered for name, size, sha in files},
         "state": state,
     }  # fmt: skip
@@ -182,9 +183,9 @@ def _storage_problem(error: Exception, place: Path) -> str:
     return f"{place}: cannot write a checkpoint ({error}); {advice} and run again: older checkpoints are whole"
 
 
-def _python_random_state() -> str:
+def _python_random_state() -> dict[str, Any]:
     state: Any = numpy.random.get_state()
-    return json.dumps({"python": random.getstate(), "numpy": [state[0], state[1].tolist(), *state[2:]]})
+    return {"python": random.getstate(), "numpy": [state[0], state[1].tolist(), *state[2:]]}
 
 
 def _write_json(path: Path, content: object) -> None:
@@ -267,44 +268,55 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def restore(found: Found, engine: Engine) -> None:
-    """Fill engine, buffers and random states on every rank; the number of ranks may differ from the writer's."""
-    manifest = found.manifest
-    layout = [[Slot(s["name"], s["offset"], tuple(s["shape"])) for s in group] for group in manifest["layout"]]
-    if layout != engine.layout():
-        raise CheckpointError(f"{found.path} lays its parameters out differently; it cannot be loaded here")
-    rank = runtime.rank()
-    sizes = engine.partition_sizes()
-    engine.load_shard(
-        {
-            f"{group}.{part}": _read_range(found, group, part, rank * size, (rank + 1) * size)
-            for group, size in enumerate(sizes)
-            for part in ("master", "exp_avg", "exp_avg_sq")
-        },
-        manifest["steps_taken"],
-    )
+    """Fill engine, buffers and random states on every rank; number of ranks and ZeRO stage may differ from before."""
+    with Weights(found) as weights:
+        engine.load_shard(
+            lambda part, piece: weights.read(part, piece.name, piece.start, piece.stop), found.manifest["steps_taken"]
+        )
     with safe_open(found.path / BUFFERS, framework="pt") as file:
         for name, buffer in engine.module.named_buffers():
             buffer.copy_(file.get_tensor(name))
-    if rank < manifest["world_size"]:
-        _restore_random(found.path / SHARD.format(rank))
+    if runtime.rank() < found.manifest["world_size"]:
+        _restore_random(found.path / SHARD.format(runtime.rank()))
 
 
-def _read_range(found: Found, group: int, part: str, start: int, stop: int) -> Tensor:
-    """[start, stop) of a group's flat vector, from whichever files hold it; padding behind the end is 0."""
-    out = torch.zeros(stop - start)
-    saved = found.manifest["partition_sizes"][group]
-    for rank in range(found.manifest["world_size"]):
-        a, b = max(start, rank * saved), min(stop, (rank + 1) * saved)
-        if a < b:
-            with safe_open(found.path / SHARD.format(rank), framework="pt") as file:
-                piece = file.get_slice(f"{group}.{part}")
-                out[a - start : b - start] = piece[a - rank * saved : b - rank * saved]
-    return out
+class Weights:
+    """The pieces that all ranks wrote of each flattened parameter, to be read in any other cut."""
+
+    def __init__(self, found: Found) -> None:
+        self._path, self._open = found.path, contextlib.ExitStack()
+        self._pieces: dict[str, list[tuple[int, Any]]] = {}
+        self.sizes: dict[str, int] = {}  # elements of each parameter
+        for rank in range(found.manifest["world_size"]):
+            file = self._open.enter_context(safe_open(found.path / SHARD.format(rank), framework="pt"))
+            for name, start in json.loads(file.metadata()[OWN])["starts"].items():
+                self._pieces.setdefault(name, []).append((start, file))
+                stop = start + file.get_slice(f"master/{name}").get_shape()[0]
+                self.sizes[name] = max(stop, self.sizes.get(name, 0))
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def read(self, part: str, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a parameter's `part`, from whichever files hold them; fp32."""
+        out, found = torch.empty(stop - start), 0
+        for at, file in self._pieces.get(name, ()):
+            piece = file.get_slice(f"{part}/{name}")
+            a, b = max(start, at), min(stop, at + piece.get_shape()[0])
+            if a < b:
+                out[a - start : b - start] = piece[a - at : b - at]
+                found += b - a
+        if found != stop - start:
+            raise CheckpointError(f"{self._path} holds {found} of the elements {start} to {stop} of {part}/{name}")
+        return out
 
 
 def _restore_random(path: Path) -> None:
     with safe_open(path, framework="pt") as file:
-        states = json.loads(file.metadata()["rng"])
+        states = json.loads(file.metadata()[OWN])["rng"]
         torch.set_rng_state(file.get_tensor("rng.torch"))
         if "rng.cuda" in file.keys() and torch.cuda.is_available():  # noqa: SIM118
             torch.cuda.set_rng_state(file.get_tensor("rng.cuda"))

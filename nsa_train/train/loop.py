@@ -127,15 +127,16 @@ class _Run:
         self.model.recompute_activations(trainer.activation_checkpointing)
         if trainer.compile:
             self.model.compile_attention()
+        for parameter in self.model.parameters():  # rounded on the host: no fp32 copy on the device
+            parameter.data = parameter.data.to(dtype).to(self.device)
         self.model.to(self.device)
         sections = {name: to_tree(config)[name] for name in ("model", "attention", "moe", "optim")}
         self.identity = checkpoint.identity_of(self.model, sections)
         self.micro_batches = micro_batches_of(self.stages, trainer, self.world)
         micro_rows = self.stages[0].batch_rows // (self.world * self.micro_batches)
         self.settings = engine_settings(
-            config.parallel.zero_stage, dtype, config.parallel.reduce_dtype, config.optim.clip, micro_rows,
-            self.micro_batches, self.world,
-        )  # fmt: skip
+            config.parallel, dtype, config.optim.clip, micro_rows, self.micro_batches, self.world
+        )
         self.engine = Engine(self.model, build_optimizer(self.model, config.optim), self.settings)
 
     # The run ----------------------------------------------------------------------------------------------------------
@@ -171,8 +172,9 @@ class _Run:
         self._enter(self.config.trainer.steps - 1)
         self._measure_documents()
         if self.config.trainer.export:
-            target = self.folder.path / "export"
-            on_main(lambda: export_model(self.model, self.config, self.corpus / self.facts["tokenizer"], target))
+            weights = self.engine.whole_weights()
+            tokenizer, target = self.corpus / self.facts["tokenizer"], self.folder.path / "export"
+            on_main(lambda: export_model(weights, self.model.rope_factor, self.config, tokenizer, target))
 
     def _steps(self) -> Iterator[dict[str, Any]]:
         """Take the remaining steps; yields each step's figures, equal on all ranks."""

@@ -184,7 +184,31 @@ def test_one_file_of_a_group_lists_every_key_and_the_others_only_what_differs(gr
         ("moe.top_k=9", "moe.top_k=9 must lie between 1 and experts=8"),
         ("optim.beta2=1", "optim.beta2=1.0 must lie in [0, 1)"),
         ("schedule.warmup_share=1", "schedule.warmup_share=1.0 must lie in [0, 1)"),
-        ("parallel.zero_stage=3", "parallel.zero_stage=3 must be 1 or 2"),
+        ("parallel.zero_stage=0", "parallel.zero_stage=0 must be 1, 2 or 3"),
+        ("parallel.offload_params=cpu", "offload_params=cpu needs sharded weights: zero_stage=3, not 2"),
+        ("parallel.offload_optimizer=nvme", "parallel.offload_optimizer='nvme' must be one of none, cpu"),
+        (
+            "parallel.deepspeed={zero_optimization: 1}",
+            "parallel.deepspeed.zero_optimization=1 must be a table of DeepSpeed's keys",
+        ),
+        ("parallel.deepspeed.gradient_cliping=1", "parallel.deepspeed.gradient_cliping: no key that can be added"),
+        ("parallel.deepspeed.gradient_clipping=1", "parallel.deepspeed.gradient_clipping=1: optim.clip decides this"),
+        (
+            "parallel.deepspeed={zero_optimization: {stage: 0}}",
+            "parallel.deepspeed.zero_optimization.stage=0: parallel.zero_stage decides this",
+        ),
+        (
+            "parallel.deepspeed={zero_optimization: {overlap_com: true}}",
+            "parallel.deepspeed.zero_optimization.overlap_com: no key that can be added; here are overlap_comm,",
+        ),
+        (
+            "parallel.deepspeed={zero_optimization: {overlap_comm: 1}}",
+            "parallel.deepspeed.zero_optimization.overlap_comm=1 must be true or false",
+        ),
+        (
+            "parallel.deepspeed={zero_optimization: {sub_group_size: -1}}",
+            "parallel.deepspeed.zero_optimization.sub_group_size=-1 must be a whole number",
+        ),
         ("trainer.seq_len=70000", "trainer.seq_len=70000 is beyond model.max_seq_len=65536"),
         ("trainer.seq_len=1", "trainer.seq_len=1 leaves nothing to predict"),
     ],

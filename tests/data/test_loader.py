@@ -160,15 +160,19 @@ def test_ranks_that_cannot_share_a_step_evenly_are_refused(loader):
 
 def test_validation_reads_the_same_rows_for_any_number_of_ranks(loader):
     def rows(world, micro_rows):
-        found = []
+        found, sizes = [], []
         for rank in range(world):
-            for batch in loader.sequential(13, rank, world, micro_rows):
-                assert batch.tokens.numel() <= micro_rows * SEQ_LEN
-                found += [bytes(row.numpy().tobytes()) for row in batch.tokens.view(-1, SEQ_LEN)]
+            batches = list(loader.sequential(13, rank, world, micro_rows))
+            sizes.append([batch.tokens.numel() // SEQ_LEN for batch in batches])
+            for batch in batches:
+                both = zip(batch.tokens.view(-1, SEQ_LEN), batch.labels.view(-1, SEQ_LEN), strict=True)
+                found += [bytes(tokens.numpy().tobytes()) for tokens, labels in both if (labels != NO_LABEL).any()]
+        assert sizes == [sizes[0]] * world  # as ZeRO 3 needs: every forward pass is one of all ranks
+        assert max(sizes[0]) <= micro_rows
         return sorted(found)
 
     assert len(rows(1, 4)) == 13
-    assert rows(1, 4) == rows(2, 4) == rows(4, 3)
+    assert rows(1, 4) == rows(2, 4) == rows(4, 3) == rows(16, 2)
     assert sum(batch.tokens.numel() for batch in loader.sequential(10**6, 0, 1, 4)) == rows_in_epoch(loader) * SEQ_LEN
 
 

@@ -25,14 +25,24 @@ def corpus(tmp_path_factory):
     ]  # fmt: skip
 
 
-@pytest.fixture
-def train(corpus, tmp_path):
+@pytest.fixture(scope="session")
+def start_run(corpus):
     """Start `nsa_train train` in `runs_dir`; keywords as in Job. The run is called `run` unless an override says so."""
+
+    def start(runs, *overrides, output=None, **how):
+        words = ["train", *launch.SMALL, *corpus, f"runs_dir={runs}", "name=run", *overrides]
+        return launch.Job(words, output or runs / "output", **how)
+
+    return start
+
+
+@pytest.fixture
+def train(start_run, tmp_path):
+    """`start_run` in the test's own folder or in `runs`; what still runs at the test's end is killed."""
     jobs = []
 
     def start(*overrides, runs=tmp_path, **how):
-        words = ["train", *launch.SMALL, *corpus, f"runs_dir={runs}", "name=run", *overrides]
-        jobs.append(launch.Job(words, tmp_path / f"output{len(jobs)}", **how))
+        jobs.append(start_run(runs, *overrides, output=tmp_path / f"output{len(jobs)}", **how))
         return jobs[-1]
 
     yield start
@@ -52,7 +62,7 @@ def train_ranks(train):
 
 
 @pytest.fixture(scope="session")
-def kept(corpus, tmp_path_factory):
+def kept(start_run, tmp_path_factory):
     """Run to an end once per session: runs_dir of the run, by the step of its kill, None for the whole run."""
     made = {}
 
@@ -62,8 +72,7 @@ def kept(corpus, tmp_path_factory):
             before = call and partial(
                 launch.signal_at, "nsa_train.parallel.engine:Engine", "backward", call, launch.signal.SIGKILL
             )
-            words = ["train", *launch.SMALL, *corpus, f"runs_dir={folder}", "name=run"]
-            job = launch.Job(words, folder / "output", before=before)
+            job = start_run(folder, before=before)
             assert job.wait() == (-9 if call else 0), job.text
             made[call] = folder / "run"
         return made[call]

@@ -126,8 +126,6 @@ def interrupt_twice(owner, name, call):
 
 def spoil_losses(ranks, steps):
     """The losses of these ranks are NaN in these steps, counted from 1."""
-    from dataclasses import replace
-
     from nsa_train import runtime
     from nsa_train.model.transformer import Transformer
 
@@ -140,7 +138,7 @@ def spoil_losses(ranks, steps):
         micro_batches = MICRO_BATCHES // runtime.world_size()
         calls.append(None)
         step = (len(calls) - 1) // micro_batches + 1
-        return replace(out, token_losses=out.token_losses * float("nan")) if step in steps else out
+        return out._replace(token_losses=out.token_losses * float("nan")) if step in steps else out
 
     if runtime.rank() in ranks:
         Transformer.forward = spoiled

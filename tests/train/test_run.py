@@ -1,7 +1,6 @@
 """What a run leaves behind, looked at in one run that was interrupted once and then ended."""
 
 import json
-import math
 from functools import partial
 
 import numpy as np
@@ -61,17 +60,13 @@ def loader(prepared, config, split):
 
 
 def trained(config, run):
-    """The model of the last checkpoint, read from its flat fp32 vectors by the manifest's layout."""
+    """The model of the last checkpoint, read from its pieces, which one process has whole."""
     from safetensors.torch import load_file
 
     folder = run / "checkpoints" / f"step_{config.trainer.steps}"
     shard = load_file(folder / "optimizer_00000.safetensors")
     model = Transformer(config.model, config.attention, config.moe)
-    state = model.state_dict()
-    for group, slots in enumerate(json.loads((folder / "manifest.json").read_text())["layout"]):
-        for slot in slots:
-            count = math.prod(slot["shape"])
-            state[slot["name"]] = shard[f"{group}.master"][slot["offset"] :][:count].view(slot["shape"])
+    state = {name: shard[f"master/{name}"].view(values.shape) for name, values in model.named_parameters()}
     state |= load_file(folder / "buffers.safetensors")
     model.load_state_dict(state)
     return model
