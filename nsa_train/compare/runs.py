@@ -70,6 +70,12 @@ class Run:
         """(tokens, held-out loss) of each validation."""
         return [(row["tokens"], row["loss"]) for row in self.of("val") if row["loss"] is not None]
 
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """A row for each task and length that `nsa-train eval` has asked the run for."""
+        found = [row for path in sorted((self.folder / "eval").glob("*.json")) for row in _json(path).get("rows", [])]
+        return [row for row in found if row["what"] == "summary"]
+
     @property
     def tokens_per_s(self) -> float:
         """Median over the logged steps."""

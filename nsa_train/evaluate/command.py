@@ -145,6 +145,6 @@ def _heldout(model: Transformer, config: Config, lengths: Sequence[int], folder:
                 "  ".join(f"{bucket} {loss:.3f}" for bucket, loss in found["by_position"].items()),
             )  # fmt: skip
             facts = {"arm": config.arm, "length": length, "rope_factor": factor, "corpus_hash": store.hash}
-            yield {"what": HELDOUT, **facts, **found}
+            yield {"what": "summary", "task": HELDOUT, **facts, **found}
     finally:
         stop_processes()
