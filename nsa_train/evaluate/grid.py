@@ -82,7 +82,7 @@ def _selected(chosen: torch.Tensor | None, asked: Asked, attention: AttentionCon
     if chosen is None:
         return None
     start, size = chosen * attention.slc_block, attention.slc_block
-    held = [((start < end) & (start + size > begin) & (chosen >= 0)).any(-1) for begin, end in asked.facts]
+    held = [((start < end) & (start + size > begin)).any(-1) for begin, end in asked.facts]
     return float(torch.stack(held).float().mean())
 
 

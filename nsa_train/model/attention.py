@@ -94,10 +94,8 @@ class Attention(nn.Module):
         return o
 
     def _keys_values(self, branch: str, raw: dict[str, KV], packing: Packing, angles: Angles) -> KV:
-        """What a branch of the op attends to: zeros where this arm has no `slc` or no `win`."""
+        """What a branch of the op attends to; where this arm has no `slc` or `win`, anything: its gate is 0."""
         k, v = raw[kv_name(branch if branch in self.config.branches else "cmp", self.config)]
-        if branch not in self.config.branches:
-            return torch.zeros_like(k), torch.zeros_like(v)
         return self._compressed(k, v, packing, angles) if branch == "cmp" else (apply_rope(k, angles), v)
 
     def _op_gates(self, gates: Tensor) -> Tensor:

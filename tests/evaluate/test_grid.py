@@ -58,9 +58,9 @@ def test_batches_hold_at_most_the_tokens_they_may_and_one_document_at_least():
 
 
 def test_selection_recall_counts_the_facts_that_the_chosen_blocks_hold():
-    """Facts in tokens 20 to 29 (block 1) and 47 to 48 (blocks 2 and 3)."""
+    """Facts in tokens 16 to 31 (block 1) and 47 to 48 (blocks 2 and 3)."""
     blocks = torch.tensor([[[0, 1, 9], [0, 8, 9]], [[0, 3, 9], [2, -1, -1]]])  # [layers, Hk, n]
-    (found,) = answers(Oracle(blocks=blocks), [document(facts=((20, 30), (47, 49)))], ATTENTION, 1000)
+    (found,) = answers(Oracle(blocks=blocks), [document(facts=((16, 32), (47, 49)))], ATTENTION, 1000)
     assert found.selected == pytest.approx((0.5 + 0 + 0.5 + 0.5) / 4)
     (found,) = answers(Oracle(), [document()], ATTENTION, 1000)
     assert found.selected is None
