@@ -44,11 +44,9 @@ def answers(
         packing = Packing.from_lengths([len(document.tokens) for document in group]).to(device)
         tokens = torch.cat([torch.from_numpy(document.tokens) for document in group]).to(device)
         kept: list[torch.Tensor] = []
-        for layer in model.layers:
-            layer.attention.kept_blocks = kept  # type: ignore[union-attr, assignment]
+        model.keep_blocks(kept)
         states = model.hidden(tokens, packing)[0]
-        for layer in model.layers:
-            layer.attention.kept_blocks = None  # type: ignore[union-attr, assignment]
+        model.keep_blocks(None)
         first = 0
         for document in group:
             places = [torch.arange(*asked.answer) + first for asked in document.asked]

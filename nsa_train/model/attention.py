@@ -34,7 +34,7 @@ class Attention(nn.Module):
         self.config = attention
         self.heads, self.key_dim = model.heads, model.key_dim
         self.spec = spec_of(attention)
-        self.kept_blocks: list[Tensor] | None = None  # a list receives the blocks [T, Hk, n] of each call
+        self.kept_blocks: list[Tensor] | None = None  # see Transformer.keep_blocks
         self.q = nn.Linear(model.width, model.heads * model.key_dim, bias=False)
         self.kv = nn.ModuleDict({kv_name(branch, attention): KeyValue(model) for branch in attention.branches})
         if "cmp" in attention.branches:
