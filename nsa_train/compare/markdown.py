@@ -68,7 +68,7 @@ def _setting(head: Row, result: Row) -> list[str]:
         f"The paper's model is {head['times_smaller_than_paper']:,.0f} times larger (active parameters) and saw "
         f"{head['times_fewer_tokens_than_paper']:,.0f} times as many tokens. Other deviations: docs/comparison.md.",
         "",
-        f"Trained on {', '.join(head['devices'])}; source {', '.join(c[:12] for c in head['commits'])}. Losses are "
+        f"Trained on {', '.join(head['devices'])}; source {', '.join(map(_commit, head['commits']))}. Losses are "
         f"nats per token. Made by `{result['command']}`.",
     ]
 
@@ -194,9 +194,13 @@ def _runs(runs: list[Row]) -> Iterator[str]:
         (r["name"], r["arm"], r["seed"], f"{r['lr']:.2e}", f"{r['loss']:.4f}",
          "not reached" if r["tokens_to_baselines_loss"] is None else f"{r['tokens_to_baselines_loss']:,.0f}",
          f"{r['seconds']:,.0f} s", f"{r['tokens_per_s']:,.0f}", r["skipped_steps"], r["device"],
-         (r["commit"] or "-")[:12])
+         _commit(r["commit"]))
         for r in runs
     ))  # fmt: skip
+
+
+def _commit(commit: str | None) -> str:
+    return "unknown" if commit is None else commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
 def _yes(passed: bool) -> str:

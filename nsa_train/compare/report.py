@@ -34,11 +34,7 @@ def rows_of(arms: Arms, gates: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
         *(
             {
                 "what": "secondary",
-                "arm": d.arm,
-                "baseline": d.baseline,
-                "cut": d.cut,
-                "mean": d.mean,
-                "p": d.p,
+                **{key: getattr(d, key) for key in ("arm", "baseline", "cut", "mean", "p")},
                 "p_holm": p,
             }
             for d, p in secondary(differences)
@@ -58,7 +54,7 @@ def _setting(arms: Arms) -> dict[str, Any]:
         "times_smaller_than_paper": PAPER_ACTIVE / run.summary["params_active"],
         "times_fewer_tokens_than_paper": PAPER_TOKENS / run.summary["tokens"],
         "devices": sorted({f"{r.manifest['world_size']} x {r.manifest['device']}" for r in arms.all}),
-        "commits": sorted({str(r.manifest["commit"]) for r in arms.all}),
+        "commits": sorted({r.manifest["commit"] for r in arms.all}, key=str),
     }  # fmt: skip
 
 

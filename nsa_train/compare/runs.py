@@ -212,15 +212,17 @@ def _paired_seeds(runs: Sequence[Run]) -> Iterator[str]:
 def _same_rows_and_weights(runs: Sequence[Run]) -> Iterator[str]:
     """Runs of a seed read the same rows, in training and held out, and start alike where they have a parameter."""
     first: dict[int, Run] = {}
+    weights: dict[int, dict[str, str]] = {}  # of a seed, by name and shape, whichever arm had them first
     for run in runs:
-        other = first.setdefault(run.seed, run)
+        other, known = first.setdefault(run.seed, run), weights.setdefault(run.seed, {})
         if run.manifest["rows_fingerprint"] != other.manifest["rows_fingerprint"]:
             yield f"{run.folder}: other rows in another order than {other.folder}, though both have seed {run.seed}"
-        ours, theirs = (one.manifest["initial_weights_sha256"] for one in (run, other))
-        unlike = [name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]]
-        if unlike or not ours.keys() & theirs.keys():
+        ours = run.manifest["initial_weights_sha256"]
+        unlike = [name for name in ours.keys() & known.keys() if ours[name] != known[name]]
+        if unlike or (known and not ours.keys() & known.keys()):
             what = f"{len(unlike)} parameters such as {min(unlike)}" if unlike else "no parameter in common"
-            yield f"{run.folder}: starts from other weights than {other.folder}: {what}"
+            yield f"{run.folder}: starts from other weights than runs of the same seed such as {other.folder}: {what}"
+        weights[run.seed] = ours | known
         a, b = run.heldout, other.heldout
         if not (np.array_equal(a.document, b.document) and np.array_equal(a.position[..., 1], b.position[..., 1])):
             yield f"{run.folder}: its held-out losses are of other rows than those of {other.folder}"
