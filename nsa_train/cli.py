@@ -120,6 +120,13 @@ def _compare(arguments: list[str]) -> int:
     return main(arguments)
 
 
+def _eval(arguments: list[str]) -> int:
+    """ask a finished run: `eval RUN task=needle|multikey|vartrace|mqar|heldout [lengths=N,N] [depths=N] [samples=N]`"""
+    from nsa_train.evaluate.command import main
+
+    return main(arguments)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "tokenizer": _tokenizer,
@@ -130,6 +137,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "data": _data,
     "bench": _bench,
     "compare": _compare,
+    "eval": _eval,
 }
 OWN_OPTIONS = ("bench", "compare")  # commands that are not about one configuration and parse their own arguments
 

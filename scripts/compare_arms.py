@@ -30,21 +30,31 @@ from nsa_train.errors import DivergedError, Interrupted, NsaTrainError
 from nsa_train.train.folder import RunFolder
 
 POLL_S = 0.2
+PROGRAM = (sys.executable, "-m", "nsa_train")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run to train."""
+    """A run to train, and what to ask it for afterwards: words of `nsa-train eval`, by task."""
 
     overrides: tuple[str, ...]
     config: Config
+    evaluations: dict[str, list[str]]
 
     @staticmethod
-    def of(name: str, *overrides: str) -> Job:
+    def of(name: str, *overrides: str, evaluations: dict[str, list[str]] | None = None) -> Job:
         """`name` follows the experiment's in the run's."""
         experiment = load_config(overrides).experiment
         words = (*overrides, f"name={experiment}-{name}")
-        return Job(words, load_config(words))
+        return Job(words, load_config(words), evaluations or {})
+
+    def command(self) -> list[str]:
+        """What is to be done next, of `nsa-train`; empty: nothing."""
+        if self.summary.get("status") != "done":
+            return ["train", *self.overrides]
+        run = self.config.run_dir
+        left = [words for task, words in self.evaluations.items() if not (run / "eval" / f"{task}.json").exists()]
+        return ["eval", str(run), *left[0]] if left else []
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -67,6 +77,7 @@ class Queue:
     def __init__(self) -> None:
         self.devices = _devices()
         self.running: dict[str | None, tuple[Job, subprocess.Popen[bytes], IO[bytes]]] = {}
+        self.waiting: list[Job] = []
         self.stopped = False
         runtime.share_cores(len(self.devices))
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -74,26 +85,30 @@ class Queue:
 
     def train(self, jobs: list[Job]) -> None:
         """Raises Interrupted after a signal. A run that fails is named, and does not keep the others from running."""
-        waiting = [job for job in jobs if job.summary.get("status") != "done"]
-        print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished, {len(self.devices)} at a time", flush=True)
-        if waiting:  # the corpus once, before many would wait for it
-            code = subprocess.run(_command("prepare", waiting[0]), check=False).returncode
+        self.waiting = [job for job in jobs if job.command()]
+        print(
+            f"{len(jobs) - len(self.waiting)} of {len(jobs)} runs are finished, {len(self.devices)} at a time",
+            flush=True,
+        )
+        untrained = [job for job in self.waiting if job.command()[:1] == ["train"]]
+        if untrained:  # the corpus once, before many would wait for it
+            code = subprocess.run([*PROGRAM, "prepare", *untrained[0].overrides], check=False).returncode
             if code and not self.stopped:
                 raise NsaTrainError(f"the corpus could not be prepared (exit code {code}), see above")
-        while self.running or (waiting and not self.stopped):
+        while self.running or (self.waiting and not self.stopped):
             for device in self.devices:
-                if waiting and not self.stopped and device not in self.running:
-                    self.running[device] = self._start(waiting.pop(0), device)
+                if self.waiting and not self.stopped and device not in self.running:
+                    self.running[device] = self._start(self.waiting.pop(0), device)
             self._collect()
             time.sleep(POLL_S)
         if self.stopped:
             raise Interrupted("stopped, checkpoints written; the same command goes on")
 
     def _start(self, job: Job, device: str | None) -> tuple[Job, subprocess.Popen[bytes], IO[bytes]]:
-        place = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
-        print(f"{job.config.name}: starts" + (f" on GPU {device}" if device is not None else ""), flush=True)
+        place, words = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}, job.command()
+        print(f"{job.config.name}: {words[0]}" + (f" on GPU {device}" if device is not None else ""), flush=True)
         log = job.log.open("ab")
-        return job, subprocess.Popen(_command("train", job), stdout=log, stderr=log, env=os.environ | place), log
+        return job, subprocess.Popen([*PROGRAM, *words], stdout=log, stderr=log, env=os.environ | place), log
 
     def _collect(self) -> None:
         for device, (job, process, log) in list(self.running.items()):
@@ -102,15 +117,13 @@ class Queue:
                 del self.running[device]
                 said = f"held-out loss {job.summary['val_loss_last']}" if not process.returncode else f"see {job.log}"
                 print(f"{job.config.name}: exit code {process.returncode}, {said}", flush=True)
+                if not process.returncode and job.command():
+                    self.waiting.insert(0, job)
 
     def _stop(self, number: int, frame: object) -> None:
         self.stopped = True
         for _, process, _ in self.running.values():
             process.terminate()
-
-
-def _command(name: str, job: Job) -> list[str]:
-    return [sys.executable, "-m", "nsa_train", name, *job.overrides]
 
 
 def _devices() -> list[str | None]:
@@ -159,11 +172,15 @@ def run(queue: Queue, args: argparse.Namespace) -> int:
     rates = _best_rates(args.rates) if args.rates else {}
     if args.rates and (missing := [arm for arm in args.arms if arm not in rates]):
         raise NsaTrainError(f"--rates {args.rates}: no learning rate for {', '.join(missing)}; sweep these arms too")
+    lengths = [f"lengths={args.lengths}"] if args.lengths else []
+    asked = {task: [f"task={task}", *lengths] for task in args.eval}
     jobs = []
     for seed in args.seeds:
         for arm in args.arms:
             rate = [f"optim.lr={rates[arm]}"] if rates else []
-            jobs.append(Job.of(f"{arm}-seed{seed}", *args.set, f"attention={arm}", f"seed={seed}", *rate))
+            jobs.append(
+                Job.of(f"{arm}-seed{seed}", *args.set, f"attention={arm}", f"seed={seed}", *rate, evaluations=asked)
+            )
     queue.train(jobs)
     options = [f"--{key}={getattr(args, key)}" for key in ("name", "gates", "out") if getattr(args, key)]
     return compare([*(str(job.config.run_dir) for job in jobs), *options])
@@ -187,6 +204,8 @@ def main() -> int:
     swept.add_argument("--lrs", nargs="+", type=float, required=True, metavar="LR")
     trained.add_argument("--seeds", nargs="+", type=int, default=[0])
     trained.add_argument("--rates", type=Path, help="JSON of a sweep; default: one optim.lr for all arms")
+    trained.add_argument("--eval", nargs="+", default=[], metavar="TASK", help="of `nsa-train eval`, for every run")
+    trained.add_argument("--lengths", metavar="N,N", help="of these tasks")
     trained.add_argument("--name", help="of the report; default: the experiment's")
     trained.add_argument("--gates", type=Path, help="JSON of `nsa-train compare gates`, printed in the report")
     trained.add_argument("--out", type=Path, help="folder of the report")

@@ -25,7 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": GROUND | {"ops", "model", "data", "parallel", "train"},
     "bench": GROUND | {"ops", "model", "data", "parallel", "train", "plan"},
     "compare": GROUND | {"ops", "model", "data", "parallel", "train", "plan", "bench"},
-    "cli": GROUND | {"model", "data", "parallel", "train", "plan", "doctor", "bench", "compare"},
+    "evaluate": GROUND | {"ops", "model", "data", "parallel", "train", "bench"},
+    "cli": GROUND | {"model", "data", "parallel", "train", "plan", "doctor", "bench", "compare", "evaluate"},
     "__main__": {"cli"},
 }
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

@@ -139,21 +139,31 @@ def _borders(subject: Subject, length: int) -> list[int]:
     return sorted({place for m in marks for place in (m - 1, m, m + 1) if 0 <= place < length})
 
 
+def _states(model: Transformer, tokens: Tensor, packing: Packing) -> list[Tensor]:
+    """Final states [T, M] and each layer's selected blocks [T, Hk, n]."""
+    blocks: list[Tensor] = []
+    model.keep_blocks(blocks)
+    states = model.hidden(tokens, packing)[0]
+    model.keep_blocks(None)
+    return [states, *blocks]
+
+
 @torch.no_grad()
 def future_change(subject: Subject) -> Finding:
-    """Another token at a border changes no state before it and none of another document, to the bit."""
+    """Another token at a border changes no state and no selection before it or in another document, to the bit."""
     model = _stirred(subject)
     length = 2 * max(subject.selected_tokens, subject.config.attention.window)
     tokens, _, packing = subject.random((length, length // 4), subject.config.model.vocab, "future")
     place = torch.arange(len(tokens), device=subject.device)
-    before, leaks = model.hidden(tokens, packing)[0], []
+    before, leaks = _states(model, tokens, packing), []
     borders = _borders(subject, length)
     for s in borders:
         other = tokens.clone()
         other[s] = (other[s] + 1) % subject.config.model.vocab
-        after = model.hidden(other, packing)[0]
+        after = _states(model, other, packing)
         kept = (place < s) | (place >= length)
-        if not torch.equal(before[kept], after[kept]) or torch.equal(before[s], after[s]):
+        same = all(torch.equal(a[kept], b[kept]) for a, b in zip(before, after, strict=True))
+        if not same or torch.equal(before[0][s], after[0][s]):
             leaks.append(s)
     shown = f" such as {leaks[0]}" if leaks else ""
     return Finding(not leaks, f"{len(leaks)} of {len(borders)} changed tokens{shown} reach others", "0, bitwise")

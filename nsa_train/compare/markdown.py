@@ -23,6 +23,7 @@ def markdown(result: dict[str, Any], figure: str) -> str:
         ("Arms", "", _arms(of["arm"])),
         ("Paired differences of held-out loss", ABOUT_DIFFERENCES, _differences(of["difference"])),
         ("Loss by position, source and recall", ABOUT_CUTS, _cuts(of["arm"], of["difference"], head["baseline"])),
+        ("Long context", ABOUT_EVALUATIONS if of["eval"] else "", _evaluations(of["arm"], of["eval"])),
         ("Secondary endpoints", "", _secondary(of["secondary"])),
         ("Inside the models", "Means over the layers; the JSON has them layer by layer.", _layers(of["arm"])),
         ("Runs", "", _runs(of["run"])),
@@ -33,7 +34,7 @@ def markdown(result: dict[str, Any], figure: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-KINDS = ("comparison", "level", "gate", "arm", "run", "difference", "secondary")
+KINDS = ("comparison", "level", "gate", "arm", "run", "eval", "difference", "secondary")
 ABOUT_DIFFERENCES = (
     "Mean over seeds, standard error (that of the documents in brackets) and two-sided 95% interval; negative: the "
     "first arm is better. One seed has no interval: how much seeds differ is not known."
@@ -53,6 +54,9 @@ def _table(columns: Sequence[str], lines: Iterable[Sequence[object]]) -> list[st
 def _setting(head: Row, result: Row) -> list[str]:
     corpus = head["corpus"]
     past = ", ".join(f"{share:.0%} past {at}" for at, share in corpus["share_past"].items())
+    past += (
+        "" if _long_enough(corpus["share_past"]) else " (TOO FEW: at least 50% past 1024 and 30% past 2048 are wanted)"
+    )
     epochs = ", ".join(f"{value:.2f} of {name}" for name, value in corpus["epochs"].items())
     labels, documents = head["heldout_labels"], head["heldout_documents"]
     return [
@@ -64,9 +68,16 @@ def _setting(head: Row, result: Row) -> list[str]:
         f"The paper's model is {head['times_smaller_than_paper']:,.0f} times larger (active parameters) and saw "
         f"{head['times_fewer_tokens_than_paper']:,.0f} times as many tokens. Other deviations: docs/comparison.md.",
         "",
-        f"Trained on {', '.join(head['devices'])}; source {', '.join(c[:12] for c in head['commits'])}. Losses are "
+        f"Trained on {', '.join(head['devices'])}; source {', '.join(map(_commit, head['commits']))}. Losses are "
         f"nats per token. Made by `{result['command']}`.",
     ]
+
+
+ABOUT_EVALUATIONS = (
+    "Answers that are right in every token, where the facts lie in neither a forced block nor the window; in brackets "
+    "nats per token of the answers, and the share of the facts that the chosen blocks held. `heldout` is held-out loss "
+    "in rows of that length. Means over seeds."
+)
 
 
 def _levels(ladder: list[Row]) -> Iterator[str]:
@@ -79,12 +90,41 @@ def _gates(gates: list[Row]) -> Iterator[str]:
     yield from _table(("arm", "gate", "passed", "found", "demanded"), lines)
 
 
+def _evaluations(arms: list[Row], found: list[Row]) -> Iterator[str]:
+    names = [arm["arm"] for arm in arms]
+    asked = sorted({(row["task"], row["length"]) for row in found})
+    lines = (
+        (task, f"{length:,}", *(
+            _evaluation([r for r in found if (r["arm"], r["task"], r["length"]) == (arm, task, length)])
+            for arm in names
+        ))
+        for task, length in asked
+    )  # fmt: skip
+    yield from _table(("task", "tokens", *(f"`{arm}`" for arm in names)), lines)
+
+
+def _evaluation(rows: list[Row]) -> str:
+    counted = [row for row in rows if "loss" in row]
+    if not counted:
+        return "-"
+    loss = mean(row["loss"] for row in counted)
+    if "accuracy" not in counted[0]:
+        return f"{loss:.4f}"
+    held = [row["selection_recall"] for row in counted if row["selection_recall"] is not None]
+    return f"{mean(row['accuracy'] for row in counted):.1%} ({loss:.2f}{f'; {mean(held):.0%}' if held else ''})"
+
+
 def _secondary(rows: list[Row]) -> Iterator[str]:
     lines = (
         (f"{r['arm']} - {r['baseline']}", r["cut"], f"{r['mean']:+.4f}", f"{r['p']:.3g}", f"{r['p_holm']:.3g}")
         for r in rows
     )
     yield from _table(("difference", "labels", "mean", "p", "p by Holm"), lines)
+
+
+def _long_enough(share_past: dict[str, float]) -> bool:
+    """Whether documents are long enough to tell NSA from full attention: up to n l' = 1024 tokens they are the same."""
+    return share_past["1024"] >= 0.5 and share_past["2048"] >= 0.3
 
 
 def _arms(arms: list[Row]) -> Iterator[str]:
@@ -154,9 +194,13 @@ def _runs(runs: list[Row]) -> Iterator[str]:
         (r["name"], r["arm"], r["seed"], f"{r['lr']:.2e}", f"{r['loss']:.4f}",
          "not reached" if r["tokens_to_baselines_loss"] is None else f"{r['tokens_to_baselines_loss']:,.0f}",
          f"{r['seconds']:,.0f} s", f"{r['tokens_per_s']:,.0f}", r["skipped_steps"], r["device"],
-         (r["commit"] or "-")[:12])
+         _commit(r["commit"]))
         for r in runs
     ))  # fmt: skip
+
+
+def _commit(commit: str | None) -> str:
+    return "unknown" if commit is None else commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
 def _yes(passed: bool) -> str:

@@ -19,7 +19,7 @@ PAPER_ACTIVE, PAPER_TOKENS = 4.5e9, 270e9  # section 4.1: 27B parameters, 270B t
 
 
 def rows_of(arms: Arms, gates: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a fact; `what` is comparison, level, gate, arm, run, difference or secondary."""
+    """One row a fact; `what` is comparison, level, gate, arm, run, eval, difference or secondary."""
     differences = paired_differences(arms)
     ladder = levels(differences, list(arms.runs), gates)
     level = reached(ladder)
@@ -29,15 +29,12 @@ def rows_of(arms: Arms, gates: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
         *({**gate, "what": "gate"} for gate in gates),
         *(_arm_row(runs) for runs in arms.runs.values()),
         *(_run_row(run, arms) for run in arms.all),
+        *(_eval_row(run, row) for run in arms.all for row in run.evaluations),
         *({"what": "difference", **dataclasses.asdict(d)} for d in differences),
         *(
             {
                 "what": "secondary",
-                "arm": d.arm,
-                "baseline": d.baseline,
-                "cut": d.cut,
-                "mean": d.mean,
-                "p": d.p,
+                **{key: getattr(d, key) for key in ("arm", "baseline", "cut", "mean", "p")},
                 "p_holm": p,
             }
             for d, p in secondary(differences)
@@ -57,7 +54,7 @@ def _setting(arms: Arms) -> dict[str, Any]:
         "times_smaller_than_paper": PAPER_ACTIVE / run.summary["params_active"],
         "times_fewer_tokens_than_paper": PAPER_TOKENS / run.summary["tokens"],
         "devices": sorted({f"{r.manifest['world_size']} x {r.manifest['device']}" for r in arms.all}),
-        "commits": sorted({str(r.manifest["commit"]) for r in arms.all}),
+        "commits": sorted({r.manifest["commit"] for r in arms.all}, key=str),
     }  # fmt: skip
 
 
@@ -76,6 +73,11 @@ def _run_row(run: Run, arms: Arms) -> dict[str, Any]:
             for tokens, loss in run.curve
         ],
     }  # fmt: skip
+
+
+def _eval_row(run: Run, row: dict[str, Any]) -> dict[str, Any]:
+    keys = ("task", "length", "rope_factor", "accuracy", "low", "high", "loss", "selection_recall", "samples", "cells")
+    return {"what": "eval", "arm": run.arm, "seed": run.seed, **{key: row[key] for key in keys if key in row}}
 
 
 def _tokens_to(run: Run, loss: float) -> float | None:

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from nsa_train.config import schema
-from nsa_train.config.load import config_from_tree, to_tree
+from nsa_train.config.load import to_tree
 from nsa_train.data.stages import stages_of
 from nsa_train.errors import NsaTrainError, RunFolderError
 from nsa_train.plan import training_flops
-from nsa_train.train.folder import FREE_KEYS, differing
+from nsa_train.train.folder import FREE_KEYS, differing, read_config
 from nsa_train.train.heldout import HELDOUT, HeldOut
 from nsa_train.train.metrics import METRICS, read_metrics
 
@@ -44,11 +43,7 @@ class Run:
         if summary.get("status") != "done":
             steps = f", {summary['steps']} steps taken" if "steps" in summary else ""
             raise RunFolderError(f"{folder}: the run is not finished ({summary.get('status', 'running')}{steps})")
-        try:
-            config = config_from_tree(yaml.safe_load((folder / "config.yaml").read_text()))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RunFolderError(f"{folder / 'config.yaml'}: cannot be read ({error})") from error
-        manifest, rows = _json(folder / "manifest.json"), read_metrics(folder / METRICS)
+        config, manifest, rows = read_config(folder), _json(folder / "manifest.json"), read_metrics(folder / METRICS)
         if missing := [key for key in PROOFS if key not in manifest]:
             raise RunFolderError(f"{folder / 'manifest.json'}: says nothing of {', '.join(missing)}; train again")
         return Run(folder, config, manifest, summary, rows, HeldOut.load(folder / HELDOUT))
@@ -74,6 +69,12 @@ class Run:
     def curve(self) -> list[tuple[int, float]]:
         """(tokens, held-out loss) of each validation."""
         return [(row["tokens"], row["loss"]) for row in self.of("val") if row["loss"] is not None]
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """A row for each task and length that `nsa-train eval` has asked the run for."""
+        found = [row for path in sorted((self.folder / "eval").glob("*.json")) for row in _json(path).get("rows", [])]
+        return [row for row in found if row["what"] == "summary"]
 
     @property
     def tokens_per_s(self) -> float:
@@ -211,15 +212,17 @@ def _paired_seeds(runs: Sequence[Run]) -> Iterator[str]:
 def _same_rows_and_weights(runs: Sequence[Run]) -> Iterator[str]:
     """Runs of a seed read the same rows, in training and held out, and start alike where they have a parameter."""
     first: dict[int, Run] = {}
+    weights: dict[int, dict[str, str]] = {}  # of a seed, by name and shape, whichever arm had them first
     for run in runs:
-        other = first.setdefault(run.seed, run)
+        other, known = first.setdefault(run.seed, run), weights.setdefault(run.seed, {})
         if run.manifest["rows_fingerprint"] != other.manifest["rows_fingerprint"]:
             yield f"{run.folder}: other rows in another order than {other.folder}, though both have seed {run.seed}"
-        ours, theirs = (one.manifest["initial_weights_sha256"] for one in (run, other))
-        unlike = [name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]]
-        if unlike or not ours.keys() & theirs.keys():
+        ours = run.manifest["initial_weights_sha256"]
+        unlike = [name for name in ours.keys() & known.keys() if ours[name] != known[name]]
+        if unlike or (known and not ours.keys() & known.keys()):
             what = f"{len(unlike)} parameters such as {min(unlike)}" if unlike else "no parameter in common"
-            yield f"{run.folder}: starts from other weights than {other.folder}: {what}"
+            yield f"{run.folder}: starts from other weights than runs of the same seed such as {other.folder}: {what}"
+        weights[run.seed] = ours | known
         a, b = run.heldout, other.heldout
         if not (np.array_equal(a.document, b.document) and np.array_equal(a.position[..., 1], b.position[..., 1])):
             yield f"{run.folder}: its held-out losses are of other rows than those of {other.folder}"

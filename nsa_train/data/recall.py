@@ -129,31 +129,41 @@ def _tracing(draw: random.Random, words: Words, size: int) -> str:
 
 def _mqar(draw: random.Random, words: Words, size: int) -> str:
     """Multi-query associative recall: pairs without filler, then all of them again in another order."""
-    each = (
-        len(words.question.format(key="abcdef", value="12345"))
-        + len(words.needle.format(key="abcdef", value="12345"))
-        + 2
-    )
-    pairs = _pairs(draw, words, max(2, min(size // each, 4096)))
+    pairs = _pairs(draw, words, max(2, min(size // _mqar_size(words), 4096)))
     told = [words.needle.format(key=key, value=value) for key, value in pairs]
     draw.shuffle(pairs)
     return "\n".join([*told, *(words.question.format(key=key, value=value) for key, value in pairs)]) + "\n"
 
 
+def _mqar_size(words: Words) -> int:
+    """Characters of a pair, told and asked for."""
+    return sum(len(shape.format(key="abcdef", value="12345")) + 1 for shape in (words.question, words.needle))
+
+
 def _among_filler(draw: random.Random, lines: list[str], questions: list[str], size: int, in_order: bool) -> str:
     """The lines at random depths of `size` characters of filler, the questions at the end."""
-    filler: list[str] = []
-    room = size - sum(map(len, lines)) - sum(map(len, questions))
-    while room > 0:
-        filler.append(" ".join(draw.choices(FILLER, k=draw.randint(6, 16))).capitalize() + ".")
-        room -= len(filler[-1]) + 1
+    filler = _filler(draw, size - sum(map(len, lines)) - sum(map(len, questions)))
     depths = [draw.randint(0, len(filler)) for _ in lines]
     if in_order:
         depths.sort()
-    placed = sorted(zip(depths, range(len(lines)), strict=True), reverse=True)
-    for depth, number in placed:
-        filler.insert(depth, lines[number])
-    return "\n".join([*filler, *questions]) + "\n"
+    return "\n".join([*_inserted(filler, lines, depths), *questions]) + "\n"
+
+
+def _filler(draw: random.Random, room: int) -> list[str]:
+    """Lines of words without facts, about `room` characters of them."""
+    filler: list[str] = []
+    while room > 0:
+        filler.append(" ".join(draw.choices(FILLER, k=draw.randint(6, 16))).capitalize() + ".")
+        room -= len(filler[-1]) + 1
+    return filler
+
+
+def _inserted(filler: list[str], lines: list[str], depths: Sequence[int]) -> list[str]:
+    """The filler with each line before its filler line of that number; of lines at one depth the first comes first."""
+    placed = list(filler)
+    for depth, number in sorted(zip(depths, range(len(lines)), strict=True), reverse=True):
+        placed.insert(depth, lines[number])
+    return placed
 
 
 def _pairs(draw: random.Random, words: Words, count: int) -> list[tuple[str, str]]:
@@ -170,6 +180,70 @@ def _keys(draw: random.Random, words: Words, count: int) -> list[str]:
 
 def _value(draw: random.Random, words: Words) -> str:
     return "".join(draw.choices(words.digits, k=5))
+
+
+# Quizzes: the same kinds with what is asked for at a chosen depth -----------------------------------------------------
+
+QUIZ_NEEDLES = 32  # of a multikey quiz, one asked for
+QUIZ_CHAINS, QUIZ_HOPS = 4, 3
+
+
+class Query(NamedTuple):
+    """A question line up to its answer, the answer, and the numbers of the lines that tell it."""
+
+    question: str
+    answer: str
+    facts: tuple[int, ...]
+
+
+class Quiz(NamedTuple):
+    """The lines of a document before its questions, and the questions."""
+
+    lines: list[str]
+    queries: list[Query]
+
+
+def make_quiz(kind: str, draw: random.Random, words: Words, size: int, depth: float) -> Quiz:
+    """About `size` characters; the first line that tells the answer stands at `depth`, 0 to 1, of them.
+
+    needle    one fact in filler      multikey  one of 32 alike
+    tracing   a variable at the end of a chain of 3 copies, among 4 chains
+    mqar      facts without filler, all of which are asked for again; their depths are those of their lines
+    """
+    if kind == "mqar":
+        pairs = _pairs(draw, words, max(2, size // _mqar_size(words)))
+        order = draw.sample(range(len(pairs)), len(pairs))
+        return Quiz([words.needle.format(key=key, value=value) for key, value in pairs],
+                    [_query(words.question, *pairs[i], (i,)) for i in order])  # fmt: skip
+    if kind == "tracing":
+        facts, other, asked = _quiz_chains(draw, words)
+    else:
+        pairs = _pairs(draw, words, 1 if kind == "needle" else QUIZ_NEEDLES)
+        told = [words.needle.format(key=key, value=value) for key, value in pairs]
+        facts, other, asked = told[:1], told[1:], (words.question, *pairs[0])
+    filler = _filler(draw, size - sum(map(len, facts)) - sum(map(len, other)) - len(asked[0]))
+    first = round(depth * len(filler))
+    depths = [first, *sorted(draw.randint(first, len(filler)) for _ in facts[1:])]
+    chains = sorted(draw.randint(0, len(filler)) for _ in other)
+    lines = _inserted(filler, [*facts, *other], [*depths, *chains])
+    return Quiz(lines, [_query(*asked, tuple(lines.index(fact) for fact in facts))])
+
+
+def _quiz_chains(draw: random.Random, words: Words) -> tuple[list[str], list[str], tuple[str, str, str]]:
+    """Lines of the chain that is asked for, those of the others, and (template, variable, value) of the question."""
+    names, chains, values = _keys(draw, words, QUIZ_CHAINS * (QUIZ_HOPS + 1)), [], []
+    for number in range(QUIZ_CHAINS):
+        mine = names[number * (QUIZ_HOPS + 1) :][: QUIZ_HOPS + 1]
+        values.append(_value(draw, words))
+        first = words.assign.format(key=mine[0], value=values[-1])
+        chains.append([first, *(words.copy.format(key=b, other=a) for a, b in pairwise(mine))])
+    return chains[0], [line for chain in chains[1:] for line in chain], (words.trace, names[QUIZ_HOPS], values[0])
+
+
+def _query(template: str, key: str, value: str, facts: tuple[int, ...]) -> Query:
+    """Templates end with the value; the space before it belongs to the answer, as tokens have it."""
+    question = template.format(key=key, value="").rstrip(" ")
+    return Query(question, template.format(key=key, value=value).removeprefix(question), facts)
 
 
 KINDS: dict[str, Callable[[random.Random, Words, int], str]] = {

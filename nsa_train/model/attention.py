@@ -47,6 +47,7 @@ class Attention(nn.Module):
         self.config = attention
         self.heads, self.kv_heads = model.heads, model.kv_heads
         self.spec = spec_of(attention)
+        self.kept_blocks: list[Tensor] | None = None  # see Transformer.keep_blocks
         self.q = nn.Linear(model.width, model.heads * model.key_dim, bias=False)
         self.kv = nn.ModuleDict({kv_name(branch, attention): KeyValue(model) for branch in attention.branches})
         if "cmp" in attention.branches:
@@ -105,16 +106,16 @@ class Attention(nn.Module):
             q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, self._op_gates(gates), self.spec, packing.cu_seqlens,
             blocks=layout.blocks, backend=self.config.backend, return_details=True,
         )  # fmt: skip
+        if self.kept_blocks is not None:
+            self.kept_blocks.append(details.blocks)
         if probe is not None and "slc" in self.config.branches:
             one = slice(0, min(packing.lengths[0], PROBED_TOKENS))
             probe["selection"] = selection_statistics(q[one], k_slc[one], v_slc[one], details.blocks[one], self.spec)
         return o
 
     def _keys_values(self, branch: str, raw: dict[str, KV], layout: Layout) -> KV:
-        """What a branch of the op attends to: zeros where this arm has no `slc` or no `win`."""
+        """What a branch of the op attends to; where this arm has no `slc` or `win`, anything: its gate is 0."""
         k, v = raw[kv_name(branch if branch in self.config.branches else "cmp", self.config)]
-        if branch not in self.config.branches:
-            return torch.zeros_like(k), torch.zeros_like(v)
         return self._compressed(k, v, layout) if branch == "cmp" else (apply_rope(k, layout.angles), v)
 
     def _op_gates(self, gates: Tensor) -> Tensor:

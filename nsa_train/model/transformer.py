@@ -114,6 +114,11 @@ class Transformer(nn.Module):
         for layer in self.layers:
             layer.attention.compile(dynamic=False)
 
+    def keep_blocks(self, kept: list[Tensor] | None) -> None:
+        """A list receives the selected blocks [T, Hk, n] of every layer in every call from here on; None ends that."""
+        for layer in self.layers:
+            layer.attention.kept_blocks = kept  # type: ignore[union-attr, assignment]
+
     def hidden(
         self, tokens: Tensor, packing: Packing, probes: list[Probe] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:

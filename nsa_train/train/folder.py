@@ -10,12 +10,13 @@ import fcntl
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
 from nsa_train.config import schema
-from nsa_train.config.load import to_tree, to_yaml
+from nsa_train.config.load import config_from_tree, to_tree, to_yaml
 from nsa_train.errors import RunFolderError, StorageError
 
 # A resumed run may differ in these: they change how and how often, not what is computed.
@@ -99,6 +100,15 @@ class RunFolder:
             os.replace(aside, self.path / name)
         except OSError as error:
             raise StorageError(f"{self.path / name}: cannot be written ({error}); free some space") from error
+
+
+def read_config(folder: Path) -> schema.Config:
+    """The configuration that a run folder is bound to. Raises RunFolderError where there is none."""
+    path = folder / "config.yaml"
+    try:
+        return config_from_tree(yaml.safe_load(path.read_text()))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunFolderError(f"{path}: cannot be read ({error}); name the folder of a run") from error
 
 
 def differing(one: Any, other: Any, free: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:

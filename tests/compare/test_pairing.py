@@ -47,6 +47,15 @@ def test_a_breach_is_refused_with_its_reason(change, words, tmp_path):
     assert words in refusal(make_run(tmp_path, "full"), make_run(tmp_path, "nsa", **change))
 
 
+def test_weights_that_the_baseline_lacks_must_be_alike_too(tmp_path):
+    arms = {"full": {}, "nsa": {"kv.win [2]": "x"}, "window": {"kv.win [2]": "y"}}
+    runs = [
+        make_run(tmp_path, arm, manifest={"initial_weights_sha256": {**WEIGHTS, **more}}) for arm, more in arms.items()
+    ]
+    Arms.read(runs[:2])
+    assert "window-0: starts from other weights than runs of the same seed" in refusal(*runs)
+
+
 def test_arms_are_one_configuration_with_each_seed_once(tmp_path):
     full, nsa = make_run(tmp_path, "full"), make_run(tmp_path, "nsa")
     again = make_run(tmp_path / "more", "nsa")

@@ -41,6 +41,19 @@ def test_a_sweep_takes_the_lowest_held_out_loss_and_tells_of_the_edge(tmp_path):
     assert [(row["arm"], row["lr"], row["at_edge"]) for row in rows] == [("full", 2e-3, False), ("nsa", 4e-3, True)]
 
 
+def test_finished_runs_are_asked_and_compared_even_where_they_cannot_answer(tmp_path):
+    names = {arm: make_run(tmp_path, arm, overrides=[f"name=tiny-{arm}-seed0", *SWEEP]) for arm in ("full", "nsa")}
+    (names["full"] / "eval").mkdir()
+    (names["full"] / "eval" / "needle.json").write_text('{"rows": []}')
+    done = start("run", "--arms", *names, "--eval", "needle", "--out", tmp_path / "out", "--set", *SWEEP,
+                 f"runs_dir={tmp_path}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 of 2 runs are finished" in done.stdout
+    assert "tiny-nsa-seed0: exit code 2" in done.stdout
+    assert "no export of a finished run" in (names["nsa"] / "console.log").read_text()
+    assert (tmp_path / "out" / "comparison_tiny.md").is_file()
+
+
 def test_rates_of_a_sweep_must_name_the_arm(tmp_path):
     (tmp_path / "lr.json").write_text(json.dumps({"rows": [{"arm": "full", "lr": 0.002}]}))
     words = ["run", "--arms", "full", "nsa", "--rates", tmp_path / "lr.json", "--set", f"runs_dir={tmp_path}"]

@@ -140,6 +140,7 @@ def test_flops_are_counted_stage_by_stage(tmp_path):
 
 def test_the_markdown_says_what_the_json_says(result):
     text = result[1]
+    assert "TOO FEW" not in text
     assert "**level L3: due to sparsity**" in text
     (d,) = rows(result, "difference", arm="nsa", baseline="full", cut="all")
     assert f"| nsa - full | 3 | {d['mean']:+.4f} |" in text
@@ -154,6 +155,41 @@ def test_the_markdown_says_what_the_json_says(result):
         "fullest expert",
     ):
         assert words in text, words
+
+
+def test_answers_of_the_runs_stand_in_the_report(tmp_path):
+    runs = [make_run(tmp_path, arm) for arm in ("full", "nsa")]
+    for run, held in zip(runs, (None, 0.25), strict=True):
+        cell = {"what": "cell", "task": "needle", "length": 512, "accuracy": 0.0}
+        found = {
+            "what": "summary",
+            "task": "needle",
+            "length": 512,
+            "accuracy": 0.5,
+            "loss": 1.25,
+            "selection_recall": held,
+        }
+        nothing = {"what": "summary", "task": "needle", "length": 64, "cells": 0, "samples": 0}
+        (run / "eval").mkdir()
+        (run / "eval" / "needle.json").write_text(json.dumps({"rows": [cell, found, nothing]}))
+    (runs[1] / "eval" / "heldout.json").write_text(
+        json.dumps({"rows": [{"what": "summary", "task": "heldout", "length": 1024, "loss": 4.5, "by_position": {}}]})
+    )
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "comparison_tiny.md").read_text()
+    for line in (
+        "| heldout | 1,024 | - | 4.5000 |",
+        "| needle | 64 | - | - |",
+        "| needle | 512 | 50.0% (1.25) | 50.0% (1.25; 25%) |",
+    ):
+        assert line in text
+
+
+def test_short_documents_are_told(tmp_path):
+    facts = {"name": "text", "hash": "c" * 64, "share_past": {"1024": 0.3, "2048": 0.4}, "epochs": {}}
+    runs = [str(make_run(tmp_path, arm, manifest={"corpus": facts})) for arm in ("full", "nsa")]
+    assert main(["compare", *runs, "--out", str(tmp_path / "out")]) == 0
+    assert "TOO FEW" in (tmp_path / "out" / "comparison_tiny.md").read_text()
 
 
 def test_without_full_the_first_arm_is_the_baseline(tmp_path):

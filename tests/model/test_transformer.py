@@ -264,6 +264,18 @@ def test_probes_report_every_layer_and_change_nothing():
     assert [set(probe) for probe in probes] == [{"gates", "selection"}] * MODEL.layers
 
 
+@pytest.mark.parametrize("arm", ["nsa", "nsa-random", "full"])
+def test_selected_blocks_are_kept_while_somebody_asks(arm):
+    model, kept = build(ARMS[arm]), []
+    with torch.no_grad():
+        model.keep_blocks(kept)
+        model.hidden(*rows()[::2])
+        model.keep_blocks(None)
+        model.hidden(*rows()[::2])
+    shape = (sum(LENGTHS), MODEL.kv_heads, NSA.slc_count)
+    assert [tuple(blocks.shape) for blocks in kept] == ([] if arm == "full" else [shape] * MODEL.layers)
+
+
 @EVERY_ARM
 def test_bf16_weights_give_nearly_the_fp32_loss(arm):
     model, half = build(ARMS[arm]), build(ARMS[arm]).bfloat16()

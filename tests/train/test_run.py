@@ -73,7 +73,7 @@ def trained(config, run):
 
 
 def test_it_has_the_files_that_readme_names(run):
-    assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == {
+    assert {path.name for path in run.iterdir() if not path.name.startswith(".") and path.name != "eval"} == {
         "metrics.jsonl", "summary.json", "loss.png", "checkpoints", "export", "config.yaml", "manifest.json",
         "deepspeed.json", "wandb", "heldout.npz",
     }  # fmt: skip
@@ -159,6 +159,29 @@ def test_a_run_without_losses_by_document_is_named(run, tmp_path):
     (tmp_path / "heldout.npz").write_bytes((run / "heldout.npz").read_bytes()[:100])
     with pytest.raises(RunFolderError, match=r"heldout\.npz: no held-out losses by document"):
         HeldOut.load(tmp_path / "heldout.npz")
+
+
+def test_the_held_out_loss_comes_again_from_the_export(run, config, tmp_path):
+    job = Job(["eval", run, "task=heldout", "lengths=48,96"], tmp_path / "output")
+    assert job.wait() == 0, job.text
+    half, whole = json.loads((run / "eval" / "heldout.json").read_text())["rows"]
+    last = [row for row in rows(run) if row["split"] == "val"][-1]
+    assert whole["loss"] == last["loss"]
+    assert whole["by_position"] == last["by_position"]
+    assert (half["length"], list(half["by_position"])) == (48, ["0-48"])
+
+
+def test_the_export_is_asked_for_what_its_context_says(run, config, tmp_path):
+    job = Job(["eval", run, "task=needle", "lengths=96", "depths=3", "samples=2"], tmp_path / "output")
+    assert job.wait() == 0, job.text
+    result = json.loads((run / "eval" / "needle.json").read_text())
+    assert result["schema"] == "nsa-train/eval/1"
+    grid = [row for row in result["rows"] if row["what"] == "cell"]
+    assert [(row["length"], row["depth"], row["samples"]) for row in grid] == [(96, 0, 2), (96, 0.5, 2), (96, 1, 2)]
+    assert all(0 <= row["selection_recall"] <= 1 for row in grid)
+    (whole,) = (row for row in result["rows"] if row["what"] == "summary")
+    assert whole["samples"] == 2 * sum(row["zone"] is None for row in grid)
+    assert (run / "eval" / "needle.png").is_file()
 
 
 def test_every_line_of_the_metrics_has_the_promised_keys(run, config):

@@ -1,0 +1,143 @@
+"""Answers of a model to quizzes, by length and depth: one row a cell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from nsa_train.config.schema import AttentionConfig
+from nsa_train.evaluate.questions import Asked, Document
+from nsa_train.model.transformer import Transformer
+from nsa_train.packing import Packing
+
+Z_95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Answer:
+    """right   every token of the answer is the likeliest one, so greedy decoding gives it
+    loss       nats per token of the answer
+    zone       as in `Asked.zone`
+    selected   share of the facts held by the blocks that the question reads, mean over layers and KV heads; None: none
+    """
+
+    right: bool
+    loss: float
+    zone: str | None
+    selected: float | None
+    depth: int
+
+
+@torch.no_grad()
+def answers(
+    model: Transformer, documents: Iterable[Document], attention: AttentionConfig, batch_tokens: int
+) -> Iterator[Answer]:
+    """One for each question, in order; documents are packed into batches of at most so many tokens, one at least."""
+    device = model.embed.weight.device
+    for group in _grouped(documents, batch_tokens):
+        packing = Packing.from_lengths([len(document.tokens) for document in group]).to(device)
+        tokens = torch.cat([torch.from_numpy(document.tokens) for document in group]).to(device)
+        kept: list[torch.Tensor] = []
+        model.keep_blocks(kept)
+        states = model.hidden(tokens, packing)[0]
+        model.keep_blocks(None)
+        first = 0
+        for document in group:
+            places = [torch.arange(*asked.answer) + first for asked in document.asked]
+            place = torch.cat(places).to(device)
+            logits = model.head(states[place - 1]).float()
+            losses = F.cross_entropy(logits, tokens[place], reduction="none").split([len(p) for p in places])
+            right = (logits.argmax(-1) == tokens[place]).split([len(p) for p in places])
+            for asked, nats, hits in zip(document.asked, losses, right, strict=True):
+                query = first + asked.answer[0] - 1
+                chosen = torch.stack([blocks[query] for blocks in kept]) if kept else None
+                yield Answer(
+                    bool(hits.all()), float(nats.mean()), asked.zone(attention), _selected(chosen, asked, attention),
+                    asked.depth,
+                )  # fmt: skip
+            first += len(document.tokens)
+
+
+def _grouped(documents: Iterable[Document], batch_tokens: int) -> Iterator[list[Document]]:
+    group: list[Document] = []
+    for document in documents:
+        if group and sum(len(d.tokens) for d in group) + len(document.tokens) > batch_tokens:
+            yield group
+            group = []
+        group.append(document)
+    if group:
+        yield group
+
+
+def _selected(chosen: torch.Tensor | None, asked: Asked, attention: AttentionConfig) -> float | None:
+    """chosen [layers, Hk, n]; a fact is held when one of the blocks has a token of it."""
+    if chosen is None:
+        return None
+    start, size = chosen * attention.slc_block, attention.slc_block
+    held = [((start < end) & (start + size > begin)).any(-1) for begin, end in asked.facts]
+    return float(torch.stack(held).float().mean())
+
+
+def cells(found: Sequence[Answer], length: int, depths: int) -> Iterator[dict[str, Any]]:
+    """A row for each depth that was asked for. Its zone is that of any question in it."""
+    for depth in range(depths):
+        mine = [answer for answer in found if answer.depth == depth]
+        if mine:
+            zones = [answer.zone for answer in mine if answer.zone]
+            share = depth / max(1, depths - 1)
+            yield {"length": length, "depth": share, "zone": zones[0] if zones else None, **_scores(mine)}
+
+
+def summary(found: Sequence[Answer], length: int, depths: int) -> dict[str, Any]:
+    """Of a length, over the cells in which every fact must be selected."""
+    marked = {answer.depth for answer in found if answer.zone}
+    counted = [answer for answer in found if answer.depth not in marked]
+    return {"length": length, "cells": depths - len(marked), **(_scores(counted) if counted else {"samples": 0})}
+
+
+def _scores(found: Sequence[Answer]) -> dict[str, Any]:
+    low, high = wilson(sum(answer.right for answer in found), len(found))
+    selected = [answer.selected for answer in found if answer.selected is not None]
+    return {
+        "samples": len(found), "accuracy": mean(answer.right for answer in found), "low": low, "high": high,
+        "loss": mean(answer.loss for answer in found), "selection_recall": mean(selected) if selected else None,
+    }  # fmt: skip
+
+
+def wilson(right: int, samples: int) -> tuple[float, float]:
+    """95% interval of a share (Wilson's score interval)."""
+    share, square = right / samples, Z_95**2 / samples
+    centre, half = share + square / 2, Z_95 * math.sqrt(share * (1 - share) / samples + square / (4 * samples))
+    return max(0.0, (centre - half) / (1 + square)), min(1.0, (centre + half) / (1 + square))
+
+
+def plot_grid(rows: Sequence[dict[str, Any]], title: str, path) -> None:
+    """Heat map of accuracy, lengths across and depths down; cells that need no selection are crossed out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lengths, depths = (sorted({row[key] for row in rows}) for key in ("length", "depth"))
+    values = [[math.nan] * len(lengths) for _ in depths]
+    figure, axes = plt.subplots(figsize=(2 + 1.1 * len(lengths), 2 + 0.25 * len(depths)), dpi=110)
+    for row in rows:
+        x, y = lengths.index(row["length"]), depths.index(row["depth"])
+        values[y][x] = row["accuracy"]
+        if row["zone"]:
+            axes.plot([x - 0.4, x + 0.4], [y - 0.4, y + 0.4], color="black", lw=1)
+    image = axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.set(xlabel="tokens of the document", ylabel="depth of the fact", title=title)
+    figure.colorbar(image, label="answers that are right in every token")
+    figure.text(0.01, 0.01, "crossed out: seen through forced blocks or the window, not counted", fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

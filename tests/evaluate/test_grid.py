@@ -1,0 +1,126 @@
+"""Answers are scored token by token, cells by zone, and the blocks that were read by what they hold."""
+
+import numpy as np
+import pytest
+import torch
+
+from nsa_train.cli import main
+from nsa_train.config.load import load_config, to_yaml
+from nsa_train.errors import ConfigError
+from nsa_train.evaluate.command import Options
+from nsa_train.evaluate.grid import Answer, answers, cells, plot_grid, summary, wilson
+from nsa_train.evaluate.questions import Asked, Document
+
+ATTENTION = load_config().attention
+VOCAB = 30
+
+
+class Oracle:
+    """Predicts the next token, except where it is told to be wrong; two layers chose the blocks they are given."""
+
+    def __init__(self, wrong=(), blocks=None):
+        self.embed = torch.nn.Embedding(VOCAB, 2)
+        self.head, self.wrong, self.blocks, self.packed = torch.nn.Identity(), wrong, blocks, []
+
+    def keep_blocks(self, kept):
+        self.kept = kept
+
+    def hidden(self, tokens, packing):
+        self.packed.append(packing.lengths)
+        logits = torch.nn.functional.one_hot(tokens.roll(-1), VOCAB).float() * 20
+        for place in self.wrong:
+            logits[place - 1] = logits[place - 1].roll(1)
+        if self.blocks is not None:
+            self.kept += [blocks.expand(len(tokens), -1, -1) for blocks in self.blocks]
+        return logits, None, None
+
+
+def document(length=200, asked=((150, 155),), facts=((20, 30),)):
+    tokens = np.random.default_rng(length).integers(0, VOCAB, length)
+    return Document(tokens, tuple(Asked(answer, facts, i) for i, answer in enumerate(asked)))
+
+
+def test_an_answer_is_right_when_every_token_is():
+    documents = [document(200), document(300, ((280, 285), (290, 292)))]
+    found = list(answers(Oracle(), documents, ATTENTION, 1000))
+    assert [answer.right for answer in found] == [True] * 3
+    assert max(answer.loss for answer in found) < 1e-3
+    found = list(answers(Oracle(wrong=(200 + 284, 154)), documents, ATTENTION, 1000))
+    assert [answer.right for answer in found] == [False, False, True]
+    assert found[0].loss == pytest.approx(20 / 5, abs=0.1)
+
+
+def test_batches_hold_at_most_the_tokens_they_may_and_one_document_at_least():
+    model = Oracle()
+    list(answers(model, [document(n) for n in (200, 160, 400, 160, 160)], ATTENTION, 360))
+    assert model.packed == [(200, 160), (400,), (160, 160)]
+
+
+def test_selection_recall_counts_the_facts_that_the_chosen_blocks_hold():
+    """Facts in tokens 16 to 31 (block 1) and 47 to 48 (blocks 2 and 3)."""
+    blocks = torch.tensor([[[0, 1, 9], [0, 8, 9]], [[0, 3, 9], [2, -1, -1]]])  # [layers, Hk, n]
+    (found,) = answers(Oracle(blocks=blocks), [document(facts=((16, 32), (47, 49)))], ATTENTION, 1000)
+    assert found.selected == pytest.approx((0.5 + 0 + 0.5 + 0.5) / 4)
+    (found,) = answers(Oracle(), [document()], ATTENTION, 1000)
+    assert found.selected is None
+
+
+ZONES = ("forced", None, None, "window")
+FOUND = [Answer(right, 1.0, zone, 0.5, depth) for depth, zone in enumerate(ZONES) for right in (True, depth == 2)]
+
+
+def test_cells_in_a_zone_are_marked_and_left_out_of_the_summary():
+    rows = list(cells(FOUND, 512, 4))
+    assert [(row["depth"], row["zone"], row["accuracy"]) for row in rows] == [
+        (0, "forced", 0.5), (pytest.approx(1 / 3), None, 0.5), (pytest.approx(2 / 3), None, 1.0), (1, "window", 0.5),
+    ]  # fmt: skip
+    whole = summary(FOUND, 512, 4)
+    assert (whole["samples"], whole["cells"], whole["accuracy"], whole["selection_recall"]) == (4, 2, 0.75, 0.5)
+    assert summary(FOUND[:2], 512, 1) == {"length": 512, "cells": 0, "samples": 0}
+
+
+def test_wilsons_interval_is_that_of_the_books():
+    assert wilson(0, 20) == (0, pytest.approx(0.1611, abs=1e-4))
+    assert wilson(10, 20) == (pytest.approx(0.2993, abs=1e-4), pytest.approx(0.7007, abs=1e-4))
+    assert wilson(20, 20)[1] == pytest.approx(1)
+
+
+def test_the_heat_map_is_drawn(tmp_path):
+    plot_grid([row for n in (512, 1024) for row in cells(FOUND, n, 4)], "title", tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_options_are_read():
+    options = Options.parse(["task=needle", "lengths=[512,1024]", "samples=3"])
+    assert options == Options("needle", (512, 1024), 21, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["task=needles"], "task=needles is no task; say task= one of needle, multikey, vartrace, mqar, heldout"),
+        ([], "task= is no task"),
+        (["task=needle", "lengths=8k"], "lengths=8k must be numbers from 1 on"),
+        (["task=needle", "depths=0"], "depths=0 must be a number from 1 on"),
+        (["task=needle", "length=512"], "'length=512' is none of task=, lengths=, depths=, samples="),
+    ],
+)
+def test_wrong_options_are_named(words, message):
+    with pytest.raises(ConfigError) as caught:
+        Options.parse(words)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["task=needle"], "name the folder of a run first"),
+        (["{}/none", "task=needle"], "none/config.yaml: cannot be read"),
+        (["{}", "task=needle"], "export: no export of a finished run; train with trainer.export=true"),
+        (["{}", "task=needle", "lengths=99999"], "lengths=99999 is beyond the model's max_seq_len=65536"),
+    ],
+)
+def test_a_folder_that_cannot_be_asked_is_one_message(words, message, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config()))
+    assert main(["eval", *(word.format(tmp_path) for word in words)]) == 2
+    assert message in capsys.readouterr().err

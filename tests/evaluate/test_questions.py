@@ -1,0 +1,104 @@
+"""Quizzes as tokens: of the wanted length, told by the tokens they name, marked where nothing must be chosen."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from nsa_train.config.load import load_config
+from nsa_train.data.recall import QUIZ_HOPS, QUIZ_NEEDLES, WORDS, recall_documents
+from nsa_train.data.tokenizer import train_tokenizer
+from nsa_train.errors import ConfigError
+from nsa_train.evaluate.questions import KINDS, Asked, make_documents
+
+LENGTH, DEPTHS, SAMPLES = 1500, 5, 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = [document.text for document in recall_documents("train", 40, 500, 5000)]
+    return train_tokenizer(texts, 400, "bpe", 1, 0)
+
+
+def made(task, tokenizer, length=LENGTH):
+    return list(make_documents(task, tokenizer, length, DEPTHS, SAMPLES))
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_documents_nearly_have_the_wanted_length_and_come_again(task, tokenizer):
+    documents = made(task, tokenizer)
+    assert len(documents) == SAMPLES * (1 if task == "mqar" else DEPTHS)
+    assert all(0.93 * LENGTH < len(document.tokens) <= LENGTH for document in documents)
+    again = made(task, tokenizer)
+    assert all(np.array_equal(a.tokens, b.tokens) and a.asked == b.asked for a, b in zip(documents, again, strict=True))
+    assert len({document.tokens.tobytes() for document in documents}) == len(documents)
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_the_named_tokens_tell_the_answer(task, tokenizer):
+    for document in made(task, tokenizer):
+        assert (len(document.asked) > 5) == (task == "mqar")
+        for asked in document.asked:
+            answer = tokenizer.decode(document.tokens[slice(*asked.answer)])
+            question = tokenizer.decode(document.tokens[: asked.answer[0]]).split("\n")[-1]
+            facts = [tokenizer.decode(document.tokens[slice(*fact)]) for fact in asked.facts]
+            assert answer[0] == " "
+            assert answer[1:].isdecimal()
+            assert len(answer) == 6
+            key = question.split()[0]
+            assert key in facts[-1]
+            assert answer.strip() in facts[0]
+            assert len(facts) == (QUIZ_HOPS + 1 if task == "vartrace" else 1)
+            names = [set(fact.rstrip(".\n").split()) for fact in facts]
+            assert all(len(a & b - {"set", "to"}) == 1 for a, b in pairwise(names))
+
+
+def test_a_multikey_quiz_has_many_facts_of_one_form(tokenizer):
+    form = WORDS["heldout"].needle.split("{")[0]
+    for document in made("multikey", tokenizer):
+        assert tokenizer.decode(document.tokens).count(form) == QUIZ_NEEDLES
+
+
+@pytest.mark.parametrize("task", ["needle", "multikey", "vartrace"])
+def test_the_first_fact_stands_at_its_depth(task, tokenizer):
+    for document in made(task, tokenizer):
+        (asked,) = document.asked
+        place = asked.facts[0][0] / asked.answer[0]
+        assert place == pytest.approx(asked.depth / (DEPTHS - 1), abs=0.15)
+
+
+def test_depths_of_mqar_are_those_of_the_lines(tokenizer):
+    (document, *_) = made("mqar", tokenizer)
+    told = max(asked.facts[0][1] for asked in document.asked)
+    for asked in document.asked:
+        assert asked.depth == pytest.approx(DEPTHS * asked.facts[0][0] / told, abs=1.05)
+    assert {asked.depth for asked in document.asked} == set(range(DEPTHS))
+
+
+def test_a_length_that_cannot_hold_the_quiz_is_refused(tokenizer):
+    with pytest.raises(ConfigError, match=r"lengths: task=multikey needs \d+ tokens, 200 are too few"):
+        made("multikey", tokenizer, 200)
+
+
+@pytest.mark.parametrize(
+    ("facts", "zone"),
+    [
+        ([(0, 16)], "forced"),  # the first block
+        ([(10, 17)], None),  # and a token of the second
+        ([(448, 460)], "window"),  # t = 511, its block begins at 496, the one before at 480; the window at 448
+        ([(447, 460)], None),
+        ([(0, 16), (500, 505)], "window"),
+        ([(0, 16), (100, 105)], None),
+    ],
+)
+def test_zones_are_what_a_query_sees_without_choosing(facts, zone):
+    """A fact of which one token must be selected needs selection."""
+    attention = load_config().attention
+    assert (attention.slc_block, attention.slc_init, attention.slc_local, attention.window) == (16, 1, 2, 64)
+    assert Asked((512, 517), tuple(facts), 0).zone(attention) == zone
+
+
+def test_local_blocks_may_reach_beyond_the_window():
+    attention = load_config(["attention.window=8"]).attention
+    assert Asked((512, 517), ((480, 490),), 0).zone(attention) == "forced"
+    assert Asked((512, 517), ((479, 490),), 0).zone(attention) is None
