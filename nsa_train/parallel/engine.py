@@ -142,6 +142,10 @@ class Engine:
     def __call__(self, *inputs: Any) -> Any:
         return self._engine(*inputs)
 
+    def close(self) -> None:
+        """Take DeepSpeed's hooks and buffers away."""
+        self._engine.destroy()
+
     def backward(self, loss_share: Tensor) -> None:
         """`loss_share` summed over micro-batches and ranks is the step's loss; DeepSpeed's means are undone here."""
         self._engine.backward(loss_share * (self.accumulation * dist.get_world_size()))

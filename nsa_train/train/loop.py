@@ -31,6 +31,7 @@ from nsa_train.parallel.engine import (
     stop_processes,
     sum_over_ranks,
 )
+from nsa_train.parallel.probe import probe_engine
 from nsa_train.train import checkpoint
 from nsa_train.train.evaluate import evaluate, means
 from nsa_train.train.export import export_model
@@ -136,6 +137,7 @@ class _Run:
         self.settings = engine_settings(
             config.parallel, dtype, config.optim.clip, micro_rows, self.micro_batches, self.world
         )
+        probe_engine(self.settings, dtype, self.device)
         self.engine = Engine(self.model, build_optimizer(self.model, config.optim), self.settings)
 
     # The run ----------------------------------------------------------------------------------------------------------
