@@ -131,6 +131,7 @@ class Engine:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> None:
         import deepspeed
 
+        self.shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import secrets
 import time
@@ -37,10 +36,9 @@ from nsa_train.train.evaluate import evaluate, means
 from nsa_train.train.export import export_model
 from nsa_train.train.folder import RunFolder
 from nsa_train.train.guards import BadSteps, StopSignals
+from nsa_train.train.initial import locate, take_weights, weights_hash
 from nsa_train.train.metrics import Clock, Metrics, plot_losses
 from nsa_train.train.optim import build_optimizer, lr_at
-
-ARM_ONLY = (".kv.cmp.", ".kv.win.", ".phi_k.", ".phi_v.", ".attention.gate.")
 
 
 def train(config: schema.Config, signals: StopSignals) -> int:
@@ -83,6 +81,7 @@ def _finished(folder: RunFolder) -> str | None:
 class Progress:
     """What a run knows of itself beside weights and random states; saved with each checkpoint."""
 
+    common_weights_sha256: str  # of the weights it started with
     step: int = 0  # finished steps
     skipped: int = 0  # of them, non-finite and not taken
     val_loss_first: float | None = None
@@ -110,7 +109,6 @@ class _Run:
         self.loaders = {split: Loader(store, self.stages, config.data, config.seed) for split, store in stores.items()}
         self._build()
         self.clock = Clock()
-        self.progress = Progress()
         self.metrics: Metrics | None = None
         self.wandb_id: str | None = None
         self.started, self.earlier = time.perf_counter(), 0.0
@@ -122,7 +120,14 @@ class _Run:
         dtype = runtime.dtype_of(trainer.dtype)
         self.model = Transformer(config.model, config.attention, config.moe)
         self.model.start(config.seed)
-        self.common_weights = _weights_hash(self.model)
+        sections = {name: to_tree(config)[name] for name in ("model", "attention", "moe", "optim")}
+        self.identity = checkpoint.identity_of(self.model, sections)
+        self.checkpoints = self.folder.path / "checkpoints"
+        self.found = on_rank_zero(lambda: checkpoint.find_newest_good(self.checkpoints, self.identity))
+        self.taken: list[str] = []  # what is said of weights that were taken from elsewhere
+        if config.init_from and not self.found:
+            self.taken = take_weights(self.model, on_rank_zero(lambda: locate(Path(str(config.init_from)))))
+        self.progress = Progress(common_weights_sha256=weights_hash(self.model))
         self.parameters = count_parameters(self.model)
         self.model.recompute_activations(trainer.activation_checkpointing)
         if trainer.compile:
@@ -130,8 +135,6 @@ class _Run:
         for parameter in self.model.parameters():  # rounded on the host: no fp32 copy on the device
             parameter.data = parameter.data.to(dtype).to(self.device)
         self.model.to(self.device)
-        sections = {name: to_tree(config)[name] for name in ("model", "attention", "moe", "optim")}
-        self.identity = checkpoint.identity_of(self.model, sections)
         self.micro_batches = micro_batches_of(self.stages, trainer, self.world)
         micro_rows = self.stages[0].batch_rows // (self.world * self.micro_batches)
         self.settings = engine_settings(
@@ -144,16 +147,15 @@ class _Run:
 
     def resume(self) -> None:
         """Go on from the newest good checkpoint, if there is one, and open the metrics."""
-        self.checkpoints = self.folder.path / "checkpoints"
-        found = on_rank_zero(lambda: checkpoint.find_newest_good(self.checkpoints, self.identity))
-        if found:
-            checkpoint.restore(found, self.engine)
-            self.loaders["train"].check_state(found.manifest["state"]["loader"])
-            self.progress = Progress(**found.manifest["state"]["progress"])
-            self.wandb_id = found.manifest["state"].get("wandb_id")
+        if self.found:
+            state = self.found.manifest["state"]
+            checkpoint.restore(self.found, self.engine)
+            self.loaders["train"].check_state(state["loader"])
+            self.progress = Progress(**state["progress"])
+            self.wandb_id = state.get("wandb_id")
         self.metrics = on_main(self._open_metrics)
         self.earlier = self.progress.wall_s
-        self._announce(found)
+        self._announce()
 
     def go(self) -> int:
         """Train, and leave a summary however it ends."""
@@ -310,7 +312,7 @@ class _Run:
         manifest = {
             "corpus": {"name": self.facts["name"], "hash": self.facts["hash"]},
             "tokenizer_sha256": self.facts["tokenizer_sha256"],
-            "common_weights_sha256": self.common_weights,
+            "common_weights_sha256": self.progress.common_weights_sha256,
             "commit": runtime.git_commit(),
             "versions": runtime.versions(),
             "device": runtime.device_name(),
@@ -322,7 +324,7 @@ class _Run:
         self.folder.write("deepspeed.json", self.settings)
         return Metrics(self.config, self.folder.path, self.progress.step, manifest)
 
-    def _announce(self, found: checkpoint.Found | None) -> None:
+    def _announce(self) -> None:
         if not self.metrics:
             return
         config, trainer, corpus = self.config, self.config.trainer, self.facts["train"]
@@ -341,7 +343,8 @@ class _Run:
             ),
             f"{trainer.steps} steps, {_epochs(loader.epochs(trainer.steps))}; unigram entropy of the held-out text "
             f"{self.facts['unigram_entropy']:.4f} nats",
-            f"resumed from {found.path} at step {self.progress.step}" if found else "starting at step 0",
+            *self.taken,
+            f"resumed from {self.found.path} at step {self.progress.step}" if self.found else "starting at step 0",
         ):
             self.metrics.say(line)
 
@@ -422,13 +425,3 @@ def _epochs(epochs: dict[str, float]) -> str:
     if len(shown) > 8:
         return f"{min(epochs.values()):.2f} to {max(epochs.values()):.2f} epochs of {len(shown)} sources"
     return "epochs " + ", ".join(f"{value} of {name}" for name, value in shown.items())
-
-
-def _weights_hash(model: Transformer) -> str:
-    """sha256 over the initial values that `full` and `nsa` share; equal hashes make their comparison fair."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if not any(part in name for part in ARM_ONLY):
-            digest.update(name.encode())
-            digest.update(parameter.detach().numpy().tobytes())
-    return digest.hexdigest()
