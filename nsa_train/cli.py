@@ -113,6 +113,13 @@ def _bench(arguments: list[str]) -> int:
     return benchmarks[arguments[0]](arguments[1:])
 
 
+def _compare(arguments: list[str]) -> int:
+    """set finished runs of several arms side by side: `compare RUN RUN ...`, with --help for its options"""
+    from nsa_train.compare.command import main
+
+    return main(arguments)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "tokenizer": _tokenizer,
@@ -122,8 +129,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "doctor": _doctor,
     "data": _data,
     "bench": _bench,
+    "compare": _compare,
 }
-OWN_OPTIONS = ("bench",)  # commands that are not about one configuration and parse their own arguments
+OWN_OPTIONS = ("bench", "compare")  # commands that are not about one configuration and parse their own arguments
 
 
 def _show(text: str) -> None:

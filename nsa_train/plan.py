@@ -55,7 +55,7 @@ def linear_flops(config: Config) -> dict[str, float]:
 def importance_flops(config: Config) -> float:
     """Forward FLOPs of a token for eq. 8: queries meet the compressed keys once more. It has no backward pass."""
     a, m = config.attention, config.model
-    if "cmp" not in a.branches or a.selection != "topn":
+    if not {"cmp", "slc"} <= set(a.branches) or a.selection != "topn":
         return 0.0
     return 2.0 * m.heads * m.key_dim * m.layers * keys_read(config)["cmp"]
 

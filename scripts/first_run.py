@@ -1,7 +1,7 @@
 """Time what `make train` does on this machine, for NSA and for full attention, into docs/results/first_run_*.json.
 
 python scripts/first_run.py cpu            # one process
-python scripts/first_run.py h200 --processes 1
+python scripts/first_run.py h100 --processes 1
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def one_run(arm: str, processes: int, runs: Path, overrides: list[str]) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("machine", help="name of this kind of machine, such as cpu or h200")
+    parser.add_argument("machine", help="name of this kind of machine, such as cpu or h100")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--commit", help="source commit, where the tree is no git checkout")
     parser.add_argument("overrides", nargs="*", help="key=value for all runs")

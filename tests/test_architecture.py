@@ -24,7 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": GROUND | {"ops", "model", "data", "parallel", "train"},
     "doctor": GROUND | {"ops", "model", "data", "parallel", "train"},
     "bench": GROUND | {"ops", "model", "data", "parallel", "train", "plan"},
-    "cli": GROUND | {"model", "data", "parallel", "train", "plan", "doctor", "bench"},
+    "compare": GROUND | {"ops", "model", "data", "parallel", "train", "plan", "bench"},
+    "cli": GROUND | {"model", "data", "parallel", "train", "plan", "doctor", "bench", "compare"},
     "__main__": {"cli"},
 }
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

@@ -44,7 +44,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 # plan -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arm", ["nsa", "full", "window"])
+@pytest.mark.parametrize("arm", ["nsa", "full", "window", "nsa_no_win"])
 def test_the_plan_counts_the_keys_that_the_reference_shows_a_query(arm):
     sizes = [f"attention.{key}" for key in ("cmp_block=8", "cmp_stride=4", "slc_block=8", "slc_count=5", "window=17")]
     config = load_config([f"attention={arm}", "trainer.seq_len=133", *sizes])
@@ -59,6 +59,16 @@ def test_the_plan_counts_the_keys_that_the_reference_shows_a_query(arm):
     assert set(found) == set(a.branches)
     for branch, keys in found.items():
         assert keys == pytest.approx(float(seen[branch].sum()) / L), branch
+
+
+def test_blocks_cost_nothing_to_score_where_none_is_read_by_its_score():
+    cost = {arm: plan.importance_flops(load_config([f"attention={arm}"])) for arm in ("nsa", "nsa_no_win")}
+    assert cost["nsa"] == cost["nsa_no_win"] > 0
+    assert [plan.importance_flops(load_config([f"attention={a}"])) for a in ("full", "nsa_random", "nsa_no_slc")] == [
+        0,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("options", [[], ["attention=full"], ["experiment=r1", "attention.phi=gated_pool"]], ids=str)

@@ -43,14 +43,14 @@ def gpu_label() -> str:
 def write_result(
     name: str, kind: str, rows: list[dict[str, Any]], commit: str | None = None, folder: Path = RESULTS
 ) -> Path:
-    """<folder>/<name>.json; `commit` names the source where the tree is no git checkout."""
+    """<folder>/<name>.json; `commit` names the source where the checkout does not, as in a copy of it."""
     path = folder / f"{name}.json"
     ours = sys.argv[0].endswith(("__main__.py", "nsa-train"))
     program = ["nsa-train"] if ours else ["python", sys.argv[0]]
     head = {
         "schema": f"nsa-train/{kind}/1",
         "command": shlex.join([*program, *sys.argv[1:]]),
-        "commit": runtime.git_commit() or commit,
+        "commit": commit or runtime.git_commit(),
         "date": datetime.date.today().isoformat(),
         "device": device_facts(),
         "versions": runtime.versions(),

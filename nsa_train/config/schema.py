@@ -14,7 +14,12 @@ from typing import Any, Literal
 from nsa_train.config import deepspeed_keys
 
 Branch = Literal["cmp", "slc", "win", "full"]
-BRANCH_LISTS = (("full",), ("win",), ("cmp", "slc", "win"))
+BRANCH_LISTS = (("full",), ("win",), ("cmp", "slc", "win"), ("cmp", "win"), ("cmp", "slc"))
+# In which arms of a comparison may differ, beside the learning rate that each one tunes.
+ARM_KEYS = (
+    "attention.branches", "attention.gate", "attention.phi", "attention.shared_kv", "attention.selection",
+    "moe.expert_width",
+)  # fmt: skip
 YEAR_S = 365 * 86400
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -68,10 +73,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """One attention layer. Letters in brackets are the paper's (arXiv 2502.11089).
-
-    Arms of a comparison differ in `branches`, `gate`, `phi`, `shared_kv` and `selection` only.
-    """
+    """One attention layer. Letters in brackets are the paper's (arXiv 2502.11089)."""
 
     branches: tuple[Branch, ...]  # [full] is the FlashAttention baseline, [cmp, slc, win] is NSA
     gate: bool  # sigmoid gate per query head and branch

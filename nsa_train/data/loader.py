@@ -25,6 +25,7 @@ from nsa_train.packing import Packing
 NO_LABEL = -100
 PADDING_TOKEN = 0
 NO_SOURCE = -1
+NO_DOCUMENT = -1
 
 
 class Row(NamedTuple):
@@ -48,6 +49,7 @@ class Batch:
                   document of its own. Bounds are padded to rows x (documents in a row + 1) documents
     sources  [T]  int32, index into the manifest's sources, NO_SOURCE on padding
     places   [T]  int32, place in the whole document, of which the model may see a piece only; 0 on padding
+    documents     of each of packing.lengths its document's number in the split, NO_DOCUMENT for padding
     """
 
     tokens: torch.Tensor
@@ -55,6 +57,7 @@ class Batch:
     packing: Packing
     sources: torch.Tensor
     places: torch.Tensor
+    documents: tuple[int, ...]
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(
@@ -63,6 +66,7 @@ class Batch:
             self.packing.to(device),
             self.sources.to(device, non_blocking=True),
             self.places.to(device, non_blocking=True),
+            self.documents,
         )
 
 
@@ -177,6 +181,11 @@ class Loader:
         return int(self._store.lengths.max())
 
     @property
+    def document_sources(self) -> np.ndarray:
+        """Index into the manifest's sources of each document of the split, int32 [documents]."""
+        return self._store.sources
+
+    @property
     def corpus_hash(self) -> str:
         return self._store.hash
 
@@ -252,6 +261,7 @@ class Loader:
         kinds = (np.int64, np.int64, np.int32, np.int32)
         tokens, labels, sources, places = (np.empty(len(rows) * seq_len, kind) for kind in kinds)
         lengths: list[int] = []  # of the documents as the model sees them, padding included
+        documents: list[int] = []
         for number, row in enumerate(rows):
             at, end = number * seq_len, (number + 1) * seq_len
             doc, start, length = (getattr(row.plan, key)[row.pieces] for key in ("doc", "start", "length"))
@@ -266,13 +276,15 @@ class Loader:
                     _pad(slice(at + n, at + width), tokens, labels, sources, places)
                 lengths.append(width)
                 at += width
+            documents += doc.tolist()
             if at < end:
                 _pad(slice(at, end), tokens, labels, sources, places)
                 lengths.append(end - at)
+                documents.append(NO_DOCUMENT)
         limit = documents_in_row(self._data.max_documents, seq_len)
         packing = Packing.from_lengths(lengths, documents=len(rows) * (limit + 1))
         tokens, labels, sources, places = map(torch.from_numpy, (tokens, labels, sources, places))
-        return Batch(tokens, labels, packing, sources, places)
+        return Batch(tokens, labels, packing, sources, places, tuple(documents))
 
 
 def _pad(hole: slice, tokens: np.ndarray, labels: np.ndarray, sources: np.ndarray, places: np.ndarray) -> None:

@@ -23,6 +23,7 @@ Angles = tuple[Tensor, Tensor]
 KV = tuple[Tensor, Tensor]
 Probe = dict[str, Any]  # "gates": {branch: mean}, "selection": {statistic: value}
 PROBED_TOKENS = 2048  # of the first document: enough for statistics, and quadratic
+OP_BRANCHES = ("cmp", "slc", "win")  # of NSA's op, in the order of its gates
 
 
 class Attention(nn.Module):
@@ -64,6 +65,7 @@ class Attention(nn.Module):
         if probe is not None and gates is not None:
             probe["gates"] = dict(zip(self.config.branches, gates.float().mean((0, 1)).tolist(), strict=True))
         if len(self.config.branches) > 1:
+            assert gates is not None  # a rule of the configuration
             o = self._sparse(q, raw, gates, packing, angles, probe)
         else:
             (branch,) = self.config.branches
@@ -74,20 +76,34 @@ class Attention(nn.Module):
         return self.o(o.flatten(1))
 
     def _sparse(
-        self, q: Tensor, raw: dict[str, KV], gates: Tensor | None, packing: Packing, angles: Angles, probe: Probe | None
+        self, q: Tensor, raw: dict[str, KV], gates: Tensor, packing: Packing, angles: Angles, probe: Probe | None
     ) -> Tensor:
-        k_cmp, v_cmp = self._compressed(*raw[kv_name("cmp", self.config)], packing, angles)
-        k_slc, v_slc = raw[kv_name("slc", self.config)]
-        k_win, v_win = raw[kv_name("win", self.config)]
-        k_slc = apply_rope(k_slc, angles)
+        (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win) = (
+            self._keys_values(branch, raw, packing, angles) for branch in OP_BRANCHES
+        )
         o, details = nsa_attention(
-            q, k_cmp, v_cmp, k_slc, v_slc, apply_rope(k_win, angles), v_win, gates, self.spec, packing.cu_seqlens,
+            q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, self._op_gates(gates), self.spec, packing.cu_seqlens,
             blocks=self._chosen_blocks(packing, k_slc.shape[1]), backend=self.config.backend, return_details=True,
         )  # fmt: skip
-        if probe is not None:
+        if probe is not None and "slc" in self.config.branches:
             one = slice(0, min(packing.lengths[0], PROBED_TOKENS))
             probe["selection"] = selection_statistics(q[one], k_slc[one], v_slc[one], details.blocks[one], self.spec)
         return o
+
+    def _keys_values(self, branch: str, raw: dict[str, KV], packing: Packing, angles: Angles) -> KV:
+        """What a branch of the op attends to: zeros where this arm has no `slc` or no `win`."""
+        k, v = raw[kv_name(branch if branch in self.config.branches else "cmp", self.config)]
+        if branch not in self.config.branches:
+            return torch.zeros_like(k), torch.zeros_like(v)
+        return self._compressed(k, v, packing, angles) if branch == "cmp" else (apply_rope(k, angles), v)
+
+    def _op_gates(self, gates: Tensor) -> Tensor:
+        """[T, Hq, branches] -> [T, Hq, 3]; the gate of a branch that this arm does not have is 0."""
+        if self.config.branches == OP_BRANCHES:
+            return gates
+        own = dict(zip(self.config.branches, gates.unbind(-1), strict=True))
+        none = gates.new_zeros(gates.shape[:-1])
+        return torch.stack([own.get(branch, none) for branch in OP_BRANCHES], -1)
 
     def _compressed(self, k: Tensor, v: Tensor, packing: Packing, angles: Angles) -> tuple[Tensor, Tensor]:
         """Keys and values of all compression blocks; a key is rotated to its block's first position (eq. 7)."""
@@ -97,15 +113,19 @@ class Attention(nn.Module):
         return k_cmp, self.phi_v(v, segments)
 
     def _chosen_blocks(self, packing: Packing, Hk: int) -> Tensor | None:
-        """Blocks fixed in advance for the ablations of `selection`; None: the op picks the best (topn)."""
-        if self.config.selection == "topn":
+        """Blocks fixed in advance for the ablations of `selection`; None: the op picks the best (topn).
+
+        Without the branch that reads them, only the forced ones, so that none are scored.
+        """
+        selection = self.config.selection if "slc" in self.config.branches else "none"
+        if selection == "topn":
             return None
         device, spec = packing.cu_seqlens.device, self.spec
         forced = spec.slc_init + spec.slc_local
         parts = []
         for length in packing.lengths:
             scores = reference.random_scores(length, Hk, spec, device)
-            if self.config.selection == "random":
+            if selection == "random":
                 parts.append(reference.select_blocks(scores, spec))
             else:
                 only_forced = reference.select_blocks(scores, replace(spec, slc_count=forced))

@@ -1,6 +1,7 @@
 """The run folder: claimed by one job, bound to one configuration, and what stands in it beside checkpoints.
 
-runs/<name>/  config.yaml  manifest.json  deepspeed.json  metrics.jsonl  summary.json  checkpoints/  export/
+runs/<name>/  config.yaml  manifest.json  deepspeed.json  metrics.jsonl  summary.json  heldout.npz  checkpoints/
+              export/
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Sequence
 from typing import IO, Any
 
 import yaml
@@ -67,15 +69,12 @@ class RunFolder:
         if not path.exists():
             return
         try:
-            before = _flat(yaml.safe_load(path.read_text()))
+            before = yaml.safe_load(path.read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise RunFolderError(f"{path} cannot be read ({error}); choose another name=") from error
-        now = _flat(to_tree(self.config))
         changed = [
-            f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-            and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+            f"  {key}: {there!r} there, {now!r} now"
+            for key, (there, now) in differing(before, to_tree(self.config), FREE_KEYS).items()
         ]
         if changed:
             raise RunFolderError(
@@ -100,6 +99,16 @@ class RunFolder:
             os.replace(aside, self.path / name)
         except OSError as error:
             raise StorageError(f"{self.path / name}: cannot be written ({error}); free some space") from error
+
+
+def differing(one: Any, other: Any, free: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:
+    """Keys of two configurations, as plain data, that differ, and both values; without `free` keys and sections."""
+    a, b = _flat(one), _flat(other)
+    return {
+        key: (a.get(key), b.get(key))
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and not any(key == name or key.startswith(name + ".") for name in free)
+    }
 
 
 def _flat(tree: Any, place: str = "") -> dict[str, Any]:

@@ -113,11 +113,18 @@ def _in_short(names: Iterable[str]) -> str:
     return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in sorted(counts.items()))
 
 
-def weights_hash(model: Transformer) -> str:
+def weights_hashes(model: Transformer) -> dict[str, str]:
+    """sha256 of each parameter's initial values, by name and shape: equal in all arms that have the parameter."""
+    return {
+        f"{name} {list(parameter.shape)}": hashlib.sha256(parameter.detach().numpy().tobytes()).hexdigest()
+        for name, parameter in sorted(model.named_parameters())
+    }
+
+
+def common_hash(weights: dict[str, str]) -> str:
     """sha256 over the initial values that `full` and `nsa` share; equal hashes make their comparison fair."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, one in weights.items():
         if not any(part in name for part in ARM_ONLY):
-            digest.update(name.encode())
-            digest.update(parameter.detach().numpy().tobytes())
+            digest.update(f"{name} {one}".encode())
     return digest.hexdigest()

@@ -36,7 +36,8 @@ from nsa_train.train.evaluate import evaluate, means
 from nsa_train.train.export import export_model
 from nsa_train.train.folder import RunFolder
 from nsa_train.train.guards import BadSteps, StopSignals
-from nsa_train.train.initial import locate, take_weights, weights_hash
+from nsa_train.train.heldout import HELDOUT, document_losses
+from nsa_train.train.initial import common_hash, locate, take_weights, weights_hashes
 from nsa_train.train.metrics import Clock, Metrics, plot_losses
 from nsa_train.train.optim import build_optimizer, lr_at
 
@@ -81,7 +82,7 @@ def _finished(folder: RunFolder) -> str | None:
 class Progress:
     """What a run knows of itself beside weights and random states; saved with each checkpoint."""
 
-    common_weights_sha256: str  # of the weights it started with
+    initial_weights: dict[str, str]  # sha256 by name and shape of what it started with
     step: int = 0  # finished steps
     skipped: int = 0  # of them, non-finite and not taken
     val_loss_first: float | None = None
@@ -127,7 +128,7 @@ class _Run:
         self.taken: list[str] = []  # what is said of weights that were taken from elsewhere
         if config.init_from and not self.found:
             self.taken = take_weights(self.model, on_rank_zero(lambda: locate(Path(str(config.init_from)))))
-        self.progress = Progress(common_weights_sha256=weights_hash(self.model))
+        self.progress = Progress(initial_weights=weights_hashes(self.model))
         self.parameters = count_parameters(self.model)
         self.model.recompute_activations(trainer.activation_checkpointing)
         if trainer.compile:
@@ -172,8 +173,9 @@ class _Run:
     def _train(self) -> None:
         for row in self._steps():
             self._after_step(row)
+        self._enter(self.config.trainer.steps - 1)
+        self._measure_documents()
         if self.config.trainer.export:
-            self._enter(self.config.trainer.steps - 1)
             weights = self.engine.whole_weights()
             tokenizer, target = self.corpus / self.facts["tokenizer"], self.folder.path / "export"
             on_main(lambda: export_model(weights, self.model.rope_factor, self.config, tokenizer, target))
@@ -283,6 +285,13 @@ class _Run:
             self.metrics.validation({"step": self.progress.step, "tokens": tokens, **found})
         self.clock.reset()
 
+    def _measure_documents(self) -> None:
+        found = document_losses(
+            self.model, self.loaders["heldout"], self.config.trainer, self.config.attention.window,
+            self.facts["sources"], self.device, self.config.trainer.steps - 1,
+        )  # fmt: skip
+        on_main(lambda: found.save(self.folder.path / HELDOUT))
+
     def _save(self) -> None:
         self.progress.wall_s = self._wall_s()
         state = {
@@ -310,15 +319,20 @@ class _Run:
         before = self.folder.read_json("manifest.json")
         self.wandb_id = self.wandb_id or before.get("wandb_id") or secrets.token_hex(4)
         manifest = {
-            "corpus": {"name": self.facts["name"], "hash": self.facts["hash"]},
+            "corpus": {
+                "name": self.facts["name"], "hash": self.facts["hash"], "share_past": self.facts["train"]["share_past"],
+                "epochs": self.loaders["train"].epochs(self.config.trainer.steps),
+            },
             "tokenizer_sha256": self.facts["tokenizer_sha256"],
-            "common_weights_sha256": self.progress.common_weights_sha256,
+            "common_weights_sha256": common_hash(self.progress.initial_weights),
+            "initial_weights_sha256": self.progress.initial_weights,
+            "rows_fingerprint": self.loaders["train"].fingerprint,
             "commit": runtime.git_commit(),
             "versions": runtime.versions(),
             "device": runtime.device_name(),
             "world_size": self.world,
             "wandb_id": self.wandb_id,
-        }
+        }  # fmt: skip
         self.folder.bind()
         self.folder.write("manifest.json", manifest)
         self.folder.write("deepspeed.json", self.settings)

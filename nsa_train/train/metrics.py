@@ -70,7 +70,8 @@ class Metrics:
 
     def train(self, row: dict[str, Any], loads: list[list[float]]) -> None:
         """A log step; loads [MoE layers, E] are tokens per expert."""
-        self._write({**row, "split": "train"})
+        peaks = [max(load) * len(load) / max(sum(load), 1.0) for load in loads]  # of the step, in mean loads
+        self._write({**row, "split": "train", "load_peak": peaks})
         loss = "non-finite, skipped" if row["loss"] is None else f"{row['loss']:.4f}"
         self.say(
             f"step {row['step']:>6}  tokens {row['tokens']:>11,}  loss {loss}  lr {row['lr']:.2e}  "

@@ -68,20 +68,32 @@ def test_every_option_composes_and_is_legal(option):
                 assert agrees(section[key], value), key
 
 
-@pytest.mark.parametrize("arm", options("attention"))
+# Of each arm, the arm it is next to and the keys in which the two differ.
+NEXT_TO = {
+    "nsa": ("full", {"attention.branches", "attention.gate"}),
+    "full_gated": ("full", {"attention.gate"}),
+    "full_gated_wide": ("full_gated", {"moe.expert_width"}),
+    "nsa_shared_kv": ("nsa", {"attention.shared_kv"}),
+    "nsa_random": ("nsa", {"attention.selection"}),
+    "nsa_no_slc": ("nsa", {"attention.branches"}),
+    "nsa_no_win": ("nsa", {"attention.branches"}),
+    "window": ("nsa", {"attention.branches"}),
+}
+
+
+@pytest.mark.parametrize("arm", NEXT_TO)
 @pytest.mark.parametrize("experiment", options("experiment"))
-def test_every_experiment_takes_every_arm_and_arms_differ_in_nothing_else(experiment, arm):
-    config, nsa = (load_config([f"experiment={experiment}", f"attention={a}"]) for a in (arm, "nsa"))
-    assert config.name == f"{experiment}-{arm}"
-    a, b = to_tree(config), to_tree(nsa)
-    differing = {key for key in a["attention"] if a["attention"][key] != b["attention"][key]}
-    assert differing <= {"branches", "gate", "phi", "shared_kv", "selection"}
-    assert {key for key in a if a[key] != b[key]} <= {"attention", "arm", "name"}
+def test_every_experiment_takes_every_arm_and_arms_differ_in_named_keys_only(experiment, arm):
+    neighbour, keys = NEXT_TO[arm]
+    one, other = (load_config([f"experiment={experiment}", f"attention={name}"]) for name in (arm, neighbour))
+    assert one.name == f"{experiment}-{arm}"
+    a, b = to_tree(one), to_tree(other)
+    assert {key for key in a if a[key] != b[key]} == {"arm", "name", *(key.split(".")[0] for key in keys)}
+    assert {f"{s}.{k}" for s in ("attention", "moe") for k in a[s] if a[s][k] != b[s][k]} == keys
 
 
-def test_full_attention_and_nsa_differ_in_branches_and_gate():
-    nsa, full = load_config().attention, load_config(["attention=full"]).attention
-    assert {k for k in vars(nsa) if getattr(nsa, k) != getattr(full, k)} == {"branches", "gate"}
+def test_every_arm_is_next_to_another():
+    assert {"full", *NEXT_TO} == set(options("attention"))
 
 
 def test_the_command_line_wins_over_the_experiment_and_the_experiment_over_the_group():
@@ -138,7 +150,10 @@ def test_one_file_of_a_group_lists_every_key_and_the_others_only_what_differs(gr
         ("logging.tags=a", "logging.tags='a' must be a list"),
         ("model=5", "model=5: no such option"),
         ("seed=null", "seed=None must be an integer"),
-        ("attention=nsaa", "attention=nsaa: no such option; did you mean nsa?; there are full, full_gated, nsa, "),
+        (
+            "attention=nsaa",
+            "attention=nsaa: no such option; did you mean nsa?; there are full, full_gated, full_gated_wide, nsa, ",
+        ),
         ("experiment=big", "experiment=big: no such option; there are m, paper_27b, r1, r2, tiny"),
         ("+seed=1", "'+seed=1': only plain key=value is accepted"),
         ("~seed=1", "only plain key=value is accepted"),
@@ -164,7 +179,7 @@ def test_one_file_of_a_group_lists_every_key_and_the_others_only_what_differs(gr
         ("attention.slc_block=10", "attention.cmp_stride=4 must divide slc_block=10"),
         ("attention.slc_count=2", "attention.slc_count=2 is less than the forced blocks slc_init + slc_local = 3"),
         ("attention.window=0", "attention.window=0 must be positive"),
-        ("attention.branches=[cmp,win]", "attention.branches=[cmp,win] is not trainable; use [full] or"),
+        ("attention.branches=[slc,win]", "attention.branches=[slc,win] is not trainable; use [full] or"),
         ("attention.gate=false", "attention.gate=false needs a single branch"),
         ("moe.top_k=9", "moe.top_k=9 must lie between 1 and experts=8"),
         ("optim.beta2=1", "optim.beta2=1.0 must lie in [0, 1)"),

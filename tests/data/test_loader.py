@@ -8,7 +8,7 @@ import torch
 from loaders import BATCH_ROWS, MAX_DOCUMENTS, SEQ_LEN, make_loader
 
 from nsa_train.bench.data import realistic_lengths
-from nsa_train.data.loader import NO_LABEL, NO_SOURCE, deal, largest_divisor
+from nsa_train.data.loader import NO_DOCUMENT, NO_LABEL, NO_SOURCE, deal, largest_divisor
 from nsa_train.data.pack import Stretches, make_plan
 from nsa_train.data.prepare import prepare
 from nsa_train.data.store import TokenStore
@@ -200,7 +200,7 @@ def test_moving_a_batch_keeps_its_content(loader):
     (batch,) = loader.micro_batches(0, 0, 1, BATCH_ROWS)
     moved = batch.to("cpu")
     assert torch.equal(moved.tokens, batch.tokens)
-    assert moved.packing.lengths == batch.packing.lengths
+    assert (moved.packing.lengths, moved.documents) == (batch.packing.lengths, batch.documents)
 
 
 def test_a_checkpoint_of_the_same_run_is_accepted(store, loader):
@@ -236,11 +236,12 @@ def test_a_token_stands_at_its_true_place_in_its_document(packing, align, store)
         for batch in loader.micro_batches(step, 0, 1, 4):
             real, end = batch.sources != NO_SOURCE, 0
             assert (batch.places[~real] == 0).all()
-            for length in batch.packing.lengths:
+            for length, number in zip(batch.packing.lengths, batch.documents, strict=True):
                 begin, end = end, end + length
                 assert length % align == 0 or end % SEQ_LEN == 0
                 tokens, places = batch.tokens[begin:end][real[begin:end]], batch.places[begin:end][real[begin:end]]
                 if not len(tokens):
+                    assert number == NO_DOCUMENT
                     continue
                 matches = [
                     document
@@ -248,7 +249,7 @@ def test_a_token_stands_at_its_true_place_in_its_document(packing, align, store)
                     if offset + places[-1] < store.offsets[document + 1]
                     and np.array_equal(store.tokens[offset + places[0] :][: len(tokens)], tokens)
                 ]
-                assert matches
+                assert number in matches
                 assert torch.equal(places, torch.arange(len(tokens)) + places[0])
 
 

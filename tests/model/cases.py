@@ -31,7 +31,7 @@ FULL = nsa(branches=("full",), gate=False)
 ARMS = {
     "full": FULL,
     "full_gated": nsa(branches=("full",)),
-    "window": nsa(branches=("win",), gate=False),
+    "window": nsa(branches=("win",)),
     "nsa": NSA,
     "nsa-linear": nsa(phi="linear"),
     "nsa-gated_pool": nsa(phi="gated_pool"),
@@ -39,6 +39,8 @@ ARMS = {
     "nsa-shared_kv": nsa(shared_kv=True),
     "nsa-random": nsa(selection="random"),
     "nsa-none": nsa(selection="none"),
+    "nsa-no_slc": nsa(branches=("cmp", "win")),
+    "nsa-no_win": nsa(branches=("cmp", "slc")),
 }
 
 

@@ -138,6 +138,41 @@ def test_shared_kv_has_one_projection():
     assert set(Attention(MODEL, NSA).kv) == {"token", "cmp", "win"}
 
 
+@pytest.mark.parametrize(("arm", "missing"), [("nsa-no_slc", 1), ("nsa-no_win", 2)])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_an_arm_without_a_branch_is_nsa_with_that_gate_closed(arm, missing, backend):
+    """Output and gradients, on the reference and on the kernels; the arm has the parameters of its branches only."""
+    config = dataclasses.replace(ARMS[arm], backend=backend)
+    ablated, whole = layer(config), layer(NSA)
+    branches = len(NSA.branches)
+    kept = [i for i in range(branches * MODEL.heads) if i % branches != missing]
+    state = whole.state_dict()
+    mine = {name: state[name][kept] if name.startswith("gate.") else state[name] for name in ablated.state_dict()}
+    ablated.load_state_dict(mine)
+    assert {name.split(".")[1] for name in mine if name.startswith("kv.")} == {"cmp", ("win", "token")[missing - 1]}
+    with torch.no_grad():
+        whole.gate.weight.view(MODEL.heads, branches, -1)[:, missing] = 0
+        whole.gate.bias.view(MODEL.heads, branches)[:, missing] = -200  # whose sigmoid is 0
+    x, packing, angles = inputs()
+    outputs = []
+    for one in (ablated, whole):
+        own = x.clone().requires_grad_()
+        outputs.append((one(own, packing, angles), own))
+        outputs[-1][0].square().sum().backward()
+    (got, got_x), (want, want_x) = outputs
+    assert_close("o", got, want, rms=1e-5)
+    assert_close("x", got_x.grad, want_x.grad, rms=1e-4)
+    expected = dict(whole.named_parameters())
+    for name, parameter in ablated.named_parameters():
+        gradient = expected[name].grad
+        assert_close(name, parameter.grad, gradient[kept] if name.startswith("gate.") else gradient, rms=1e-4)
+
+
+def test_without_selected_blocks_no_block_is_scored():
+    blocks = Attention(MODEL, ARMS["nsa-no_slc"])._chosen_blocks(PACKING, 2)
+    assert torch.equal(blocks, Attention(MODEL, nsa(selection="none"))._chosen_blocks(PACKING, 2))
+
+
 def test_a_large_window_and_all_blocks_make_nsas_branches_full_attention():
     """With equal projections and gates of one, slc and win give full attention each; cmp is gated away."""
     sizes = {"slc_count": 16, "window": 64}
@@ -165,7 +200,7 @@ def test_a_probe_reports_gates_and_selection():
 
 
 def test_the_arms_wire_the_window():
-    narrow, wide = layer(ARMS["window"]), layer(dataclasses.replace(ARMS["window"], window=100))
+    narrow, wide = (layer(nsa(branches=("win",), gate=False, window=w)) for w in (NSA.window, 100))
     full = layer(FULL)
     full.load_state_dict({k.replace("kv.win", "kv.token"): x for k, x in wide.state_dict().items()})
     assert_close("window", wide(*inputs()), full(*inputs()), rms=1e-6)

@@ -9,7 +9,7 @@ import torch
 from cases import ARMS, LENGTHS, MODEL, MOE, NSA, build, grow, loss_of, nsa, rows
 from helpers import assert_close
 
-from nsa_train.config.load import load_config
+from nsa_train.config.load import load_config, options
 from nsa_train.model.counts import count_parameters, meta_model
 from nsa_train.model.layers import SwiGLU
 from nsa_train.packing import Packing
@@ -281,6 +281,17 @@ def test_the_papers_model_has_the_papers_size(arm, total, active):
     counts = count_parameters(meta_model(load_config(["experiment=paper_27b", f"attention={arm}"])))
     assert counts["total"] == pytest.approx(total, rel=0.01)
     assert counts["active"] == pytest.approx(active, rel=0.01)
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_the_wide_baseline_has_as_many_active_parameters_as_nsa(experiment):
+    arms = ("full_gated", "full_gated_wide", "nsa")
+    narrow, wide, sparse = (
+        count_parameters(meta_model(load_config([f"experiment={experiment}", f"attention={arm}"])))["active"]
+        for arm in arms
+    )
+    assert wide == pytest.approx(sparse, rel=0.01)
+    assert narrow < 0.97 * sparse
 
 
 def test_counts_are_those_of_the_parameters():

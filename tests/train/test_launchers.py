@@ -46,7 +46,7 @@ def test_ctrl_c_under_torchrun_with_two_processes_and_on_with_one(corpus, tmp_pa
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["train", "trainer.step=5", "attention=nsaa"], 2, "there are full, full_gated, nsa, window"),
+        (["train", "trainer.step=5", "attention=nsaa"], 2, "there are full, full_gated, full_gated_wide, nsa, "),
         (["trian"], 2, "invalid choice: 'trian'"),
         ([], 2, "COMMAND"),
     ],

@@ -3,6 +3,7 @@
 import json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,9 +16,11 @@ from nsa_train.data.loader import Loader
 from nsa_train.data.prepare import prepare
 from nsa_train.data.stages import stages_of
 from nsa_train.data.store import TokenStore
+from nsa_train.errors import RunFolderError
 from nsa_train.model.transformer import Transformer
 from nsa_train.packing import Packing
 from nsa_train.train.evaluate import evaluate
+from nsa_train.train.heldout import HeldOut, recall_distances
 from nsa_train.train.optim import build_optimizer, lr_at
 
 pytestmark = pytest.mark.process
@@ -72,7 +75,7 @@ def trained(config, run):
 def test_it_has_the_files_that_readme_names(run):
     assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == {
         "metrics.jsonl", "summary.json", "loss.png", "checkpoints", "export", "config.yaml", "manifest.json",
-        "deepspeed.json", "wandb",
+        "deepspeed.json", "wandb", "heldout.npz",
     }  # fmt: skip
     assert (run / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -122,11 +125,50 @@ def test_losses_are_those_of_a_plain_pytorch_loop(run, config, prepared):
         assert row["lr"] == optimizer.param_groups[0]["lr"]
 
 
+def test_the_losses_of_the_documents_add_up_to_the_reported_ones(run, prepared):
+    found, store = HeldOut.load(run / "heldout.npz"), TokenStore.open(prepared, "heldout")
+    last = [row for row in rows(run) if row["split"] == "val"][-1]
+    loss, labels = found.position.sum((0, 1))
+    assert (loss / labels, labels) == (pytest.approx(last["loss"]), last["val_tokens"])
+    for bucket, (loss, labels) in enumerate(found.position.sum(0)):
+        start, end = found.position_edges[bucket : bucket + 2]
+        assert loss / labels == pytest.approx(last["by_position"][f"{start}-{end}"])
+    for number, source in enumerate(found.sources):
+        loss, labels = found.position[found.source == number].sum((0, 1))
+        assert loss / labels == pytest.approx(last["by_source"][source])
+    assert (found.source == store.sources[found.document]).all()
+    assert len(found.document) > 2
+    assert (found.position[..., 1].sum(1) < store.lengths[found.document]).all()  # a piece's last token has no label
+
+
+def test_recalled_labels_are_those_of_the_text(run, config, prepared):
+    """Counted again document by document, for documents that one row holds whole."""
+    found, store = HeldOut.load(run / "heldout.npz"), TokenStore.open(prepared, "heldout")
+    assert found.recall_edges.tolist() == [0, 16, 32, 64, 96]
+    whole = found.position[..., 1].sum(1) == store.lengths[found.document] - 1
+    pieces = [store.tokens[a:b] for a, b in zip(store.offsets[:-1], store.offsets[1:], strict=True)]
+    for number in np.flatnonzero(whole):
+        distance = recall_distances(np.asarray(pieces[found.document[number]]))[:-1]
+        counts = np.histogram(distance[distance > 0], found.recall_edges)[0]
+        assert counts.tolist() == found.recall[number, :, 1].tolist()
+    assert found.recall[..., 1].sum() > 20
+    assert (found.recall[..., 0].sum(1) <= found.position[..., 0].sum(1) + 1e-9).all()
+
+
+def test_a_run_without_losses_by_document_is_named(run, tmp_path):
+    (tmp_path / "heldout.npz").write_bytes((run / "heldout.npz").read_bytes()[:100])
+    with pytest.raises(RunFolderError, match=r"heldout\.npz: no held-out losses by document"):
+        HeldOut.load(tmp_path / "heldout.npz")
+
+
 def test_every_line_of_the_metrics_has_the_promised_keys(run, config):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    train = {"step", "tokens", "split", "loss", "lr", "grad_norm", "tokens_per_s", "data_wait_ms", "mem_gib"}
+    train = {
+        "step", "tokens", "split", "loss", "lr", "grad_norm", "tokens_per_s", "data_wait_ms", "mem_gib", "load_peak",
+    }  # fmt: skip
     by_split = {split: [line for line in lines if line["split"] == split] for split in ("train", "val")}
     assert all(train <= set(line) for line in by_split["train"])
+    assert all(1 <= peak <= config.moe.experts for line in by_split["train"] for peak in line["load_peak"])
     assert [line["step"] for line in by_split["train"]] == list(range(1, 13))
     assert [line["step"] for line in by_split["val"]] == [0, 4, 8, 12]
     assert all(line["tokens"] == line["step"] * 4 * 96 for line in lines)
@@ -181,5 +223,10 @@ def test_arms_of_one_seed_start_from_the_same_common_weights_and_differ_in_the_n
         for folder in (run, tmp_path / "full")
     ]
     assert hashes[0] == hashes[1]
+    full, nsa = (
+        json.loads((folder / "manifest.json").read_text())["initial_weights_sha256"]
+        for folder in (tmp_path / "full", run)
+    )
+    assert full.items() < nsa.items()
     full = yaml.safe_load((tmp_path / "full" / "config.yaml").read_text())["attention"]
     assert {key for key in full if full[key] != to_tree(config)["attention"][key]} == {"branches", "gate"}

@@ -1,0 +1,57 @@
+"""`nsa-train compare RUN...`: finished runs side by side, into comparison_<name>.json, .md and .png.
+
+`nsa-train compare gates` is what must pass before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from nsa_train import runtime
+from nsa_train.bench import results
+from nsa_train.compare import gates
+from nsa_train.compare.figure import plot_comparison
+from nsa_train.compare.markdown import markdown
+from nsa_train.compare.report import rows_of
+from nsa_train.compare.runs import Arms
+from nsa_train.config.schema import SAFE_NAME
+from nsa_train.errors import NsaTrainError
+
+
+def main(arguments: list[str]) -> int:
+    """Compare and write the report, or run the gates; the exit code."""
+    if arguments[:1] == ["gates"]:
+        return gates.main(arguments[1:])
+    parser = argparse.ArgumentParser(prog="nsa-train compare", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--name", help="of the report; default: the experiment's")
+    parser.add_argument("--gates", type=Path, help="JSON of `nsa-train compare gates`, printed in the report")
+    parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of the report")
+    args = parser.parse_args(arguments)
+    arms = Arms.read(args.runs)
+    name = args.name or arms.all[0].config.experiment
+    if not SAFE_NAME.fullmatch(name):
+        raise NsaTrainError(f"--name {name!r} may hold letters, digits and . _ - only, 100 at most")
+    rows = rows_of(arms, _gates(args.gates, arms) if args.gates else [])
+    path = results.write_result(f"comparison_{name}", "comparison", rows, folder=args.out)
+    plot_comparison(rows, path.with_suffix(".png"))
+    text = markdown(json.loads(path.read_text()), path.with_suffix(".png").name)
+    path.with_suffix(".md").write_text(text)
+    runtime.log.info("%s\n%s", text, path.with_suffix(".md"))
+    return 0
+
+
+def _gates(path: Path, arms: Arms) -> list[dict[str, Any]]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise NsaTrainError(f"--gates {path}: cannot be read ({error})") from error
+    if not isinstance(found, dict) or found.get("schema") != "nsa-train/gates/1":
+        raise NsaTrainError(f"--gates {path}: no result of `nsa-train compare gates`")
+    experiment = arms.all[0].config.experiment
+    if others := {row["experiment"] for row in found["rows"]} - {experiment}:
+        raise NsaTrainError(f"--gates {path}: of {', '.join(sorted(others))}, but the runs are of {experiment}")
+    return found["rows"]

@@ -1,0 +1,185 @@
+"""The report of a comparison in Markdown, from the rows of its JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import mean
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def markdown(result: dict[str, Any], figure: str) -> str:
+    """`result` is the whole JSON; `figure` the name of the PNG beside it."""
+    rows: list[Row] = result["rows"]
+    of = {what: [row for row in rows if row["what"] == what] for what in KINDS}
+    (head,) = of["comparison"]
+    reached = f"level {head['level']}: {head['title']}" if head["level"] else "no level reached"
+    lines = [f"# Comparison of {', '.join(row['arm'] for row in of['arm'])}", "", f"**{reached}**", ""]
+    lines += [*_setting(head, result), "", f"![curves and differences]({figure})"]
+    for heading, note, table in (
+        ("Level, by the rule fixed beforehand", "", _levels(of["level"])),
+        ("Gates", "" if of["gate"] else "Not run: `nsa-train compare gates`.", _gates(of["gate"])),
+        ("Arms", "", _arms(of["arm"])),
+        ("Paired differences of held-out loss", ABOUT_DIFFERENCES, _differences(of["difference"])),
+        ("Loss by position, source and recall", ABOUT_CUTS, _cuts(of["arm"], of["difference"], head["baseline"])),
+        ("Secondary endpoints", "", _secondary(of["secondary"])),
+        ("Inside the models", "Means over the layers; the JSON has them layer by layer.", _layers(of["arm"])),
+        ("Runs", "", _runs(of["run"])),
+    ):
+        parts = [part for part in ([note] if note else [], list(table)) if part]
+        if parts:
+            lines += ["", f"## {heading}", *(line for part in parts for line in ("", *part))]
+    return "\n".join(lines) + "\n"
+
+
+KINDS = ("comparison", "level", "gate", "arm", "run", "difference", "secondary")
+ABOUT_DIFFERENCES = (
+    "Mean over seeds, standard error (that of the documents in brackets) and two-sided 95% interval; negative: the "
+    "first arm is better. One seed has no interval: how much seeds differ is not known."
+)
+ABOUT_CUTS = (
+    "By position in the document as the model sees it, by source, and, for tokens whose four predecessors stood "
+    "together before in the document, by the distance back to where they did so last; `+` is all that lies further."
+)
+
+
+def _table(columns: Sequence[str], lines: Iterable[Sequence[object]]) -> list[str]:
+    """Nothing where there is no line."""
+    body = ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
+    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *body] if body else []
+
+
+def _setting(head: Row, result: Row) -> list[str]:
+    corpus = head["corpus"]
+    past = ", ".join(f"{share:.0%} past {at}" for at, share in corpus["share_past"].items())
+    epochs = ", ".join(f"{value:.2f} of {name}" for name, value in corpus["epochs"].items())
+    labels, documents = head["heldout_labels"], head["heldout_documents"]
+    return [
+        f"Experiment `{head['experiment']}`: {head['steps']:,} steps of {head['batch_tokens']:,} tokens in rows of "
+        f"{head['seq_len']:,}, {head['tokens']:,} tokens in all. Corpus {corpus['name']} `{corpus['hash'][:12]}`, "
+        f"epochs {epochs}; tokens by position in their document: {past}. Held out: {labels:,} labels of "
+        f"{documents:,} documents, unigram entropy {head['unigram_entropy']:.4f} nats.",
+        "",
+        f"The paper's model is {head['times_smaller_than_paper']:,.0f} times larger (active parameters) and saw "
+        f"{head['times_fewer_tokens_than_paper']:,.0f} times as many tokens. Other deviations: docs/comparison.md.",
+        "",
+        f"Trained on {', '.join(head['devices'])}; source {', '.join(c[:12] for c in head['commits'])}. Losses are "
+        f"nats per token. Made by `{result['command']}`.",
+    ]
+
+
+def _levels(ladder: list[Row]) -> Iterator[str]:
+    lines = ((f"{r['name']} {r['title']}", r["rule"], _yes(r["passed"]), r["why"]) for r in ladder)
+    yield from _table(("level", "rule", "passed", "found"), lines)
+
+
+def _gates(gates: list[Row]) -> Iterator[str]:
+    lines = ((f"`{r['arm']}`", r["gate"], _yes(r["passed"]), r["found"], r["demanded"]) for r in gates)
+    yield from _table(("arm", "gate", "passed", "found", "demanded"), lines)
+
+
+def _secondary(rows: list[Row]) -> Iterator[str]:
+    lines = (
+        (f"{r['arm']} - {r['baseline']}", r["cut"], f"{r['mean']:+.4f}", f"{r['p']:.3g}", f"{r['p_holm']:.3g}")
+        for r in rows
+    )
+    yield from _table(("difference", "labels", "mean", "p", "p by Holm"), lines)
+
+
+def _arms(arms: list[Row]) -> Iterator[str]:
+    columns = (
+        "arm",
+        "seeds",
+        "lr",
+        "active parameters",
+        "GFLOP a token",
+        "held-out loss",
+        "sd over seeds",
+        "tokens/s",
+        "peak GiB",
+    )
+    yield from _table(columns, (
+        (f"`{r['arm']}`", len(r["seeds"]), f"{r['lr']:.2e}", f"{r['params_active']:,}",
+         f"{r['flops_per_token'] / 1e9:.4g}",
+         f"{r['loss']['mean']:.4f}", _number(r["loss"]["sd"]), f"{r['tokens_per_s']:,.0f}", f"{r['peak_gib']:.2f}")
+        for r in arms
+    ))  # fmt: skip
+
+
+def _differences(found: list[Row]) -> Iterator[str]:
+    columns = ("difference", "seeds", "mean", "standard error", "95% interval", "by seed")
+    yield from _table(columns, (
+        (f"{d['arm']} - {d['baseline']}", len(d["seeds"]), f"{d['mean']:+.4f}", _errors(d), _interval(d),
+         ", ".join(f"{value:+.4f}" for value in d["per_seed"]))
+        for d in found if d["cut"] == "all"
+    ))  # fmt: skip
+
+
+def _cuts(arms: list[Row], differences: list[Row], baseline: str) -> Iterator[str]:
+    """A line a cut: the baseline's loss, and what each arm adds to it."""
+    others = [arm["arm"] for arm in arms if arm["arm"] != baseline]
+    base = next(arm for arm in arms if arm["arm"] == baseline)
+    by_place = {(d["arm"], d["cut"]): d for d in differences if d["baseline"] == baseline}
+    lines = (
+        (cut, f"{loss:.4f}", *(_with_error(by_place.get((arm, cut))) for arm in others))
+        for cut, loss in base["cuts"].items()
+    )
+    yield from _table(("labels", f"`{baseline}`", *(f"`{arm}` - `{baseline}`" for arm in others)), lines)
+
+
+def _layers(arms: list[Row]) -> Iterator[str]:
+    names = list(dict.fromkeys(name for arm in arms for layer in arm["layers"] for name in _inside(layer)))
+    lines = (
+        (
+            f"`{arm['arm']}`",
+            *(_mean([_inside(layer)[name] for layer in arm["layers"] if name in _inside(layer)]) for name in names),
+        )
+        for arm in arms
+    )
+    yield from _table(("arm", *names), lines)
+
+
+def _inside(layer: Row) -> dict[str, float]:
+    """Statistics of a layer under the names of the table."""
+    found = {f"gate {branch}": value for branch, value in layer["gates"].items()}
+    found |= {name.replace("_", " "): value for name, value in layer["selection"].items()}
+    return found | ({"fullest expert, in mean loads": layer["load_peak"]} if "load_peak" in layer else {})
+
+
+def _runs(runs: list[Row]) -> Iterator[str]:
+    columns = ("run", "arm", "seed", "lr", "held-out loss", "tokens to the baseline's loss", "training time",
+               "tokens/s", "skipped steps", "device", "source")  # fmt: skip
+    yield from _table(columns, (
+        (r["name"], r["arm"], r["seed"], f"{r['lr']:.2e}", f"{r['loss']:.4f}",
+         "not reached" if r["tokens_to_baselines_loss"] is None else f"{r['tokens_to_baselines_loss']:,.0f}",
+         f"{r['seconds']:,.0f} s", f"{r['tokens_per_s']:,.0f}", r["skipped_steps"], r["device"],
+         (r["commit"] or "-")[:12])
+        for r in runs
+    ))  # fmt: skip
+
+
+def _yes(passed: bool) -> str:
+    return "yes" if passed else "**no**"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _mean(values: list[float]) -> str:
+    return f"{mean(values):.3g}" if values else "-"
+
+
+def _errors(d: Row) -> str:
+    return f"{_number(d['se'])} ({_number(d['se_data'])})"
+
+
+def _interval(d: Row) -> str:
+    return "-" if d["low"] is None else f"{d['low']:+.4f} to {d['high']:+.4f}"
+
+
+def _with_error(d: Row | None) -> str:
+    if d is None:
+        return "-"
+    return f"{d['mean']:+.4f} ± {_number(d['se'] if d['se'] is not None else d['se_data'])}"

@@ -1,0 +1,119 @@
+"""What a comparison found, as the rows of its JSON: every figure of the report and of its plots is in them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from nsa_train.compare.cuts import WHOLE, losses_of, paired_differences
+from nsa_train.compare.levels import levels, reached, secondary
+from nsa_train.compare.runs import Arms, Run
+from nsa_train.compare.statistics import spread
+from nsa_train.config.schema import ARM_KEYS
+
+PAPER_ACTIVE, PAPER_TOKENS = 4.5e9, 270e9  # section 4.1: 27B parameters, 270B tokens of 8k texts
+
+
+def rows_of(arms: Arms, gates: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a fact; `what` is comparison, level, gate, arm, run, difference or secondary."""
+    differences = paired_differences(arms)
+    ladder = levels(differences, list(arms.runs), gates)
+    level = reached(ladder)
+    return [
+        {"what": "comparison", "level": level and level.name, "title": level and level.title, **_setting(arms)},
+        *({"what": "level", **one._asdict()} for one in ladder),
+        *({**gate, "what": "gate"} for gate in gates),
+        *(_arm_row(runs) for runs in arms.runs.values()),
+        *(_run_row(run, arms) for run in arms.all),
+        *({"what": "difference", **dataclasses.asdict(d)} for d in differences),
+        *(
+            {
+                "what": "secondary",
+                "arm": d.arm,
+                "baseline": d.baseline,
+                "cut": d.cut,
+                "mean": d.mean,
+                "p": d.p,
+                "p_holm": p,
+            }
+            for d, p in secondary(differences)
+        ),
+    ]
+
+
+def _setting(arms: Arms) -> dict[str, Any]:
+    """What all runs share, and how far it is from the paper."""
+    run = arms.all[0]
+    trainer, heldout = run.config.trainer, run.heldout
+    return {
+        "experiment": run.config.experiment, "baseline": arms.baseline, "corpus": run.manifest["corpus"],
+        "unigram_entropy": run.summary["unigram_entropy"], "seq_len": trainer.seq_len, "steps": trainer.steps,
+        "batch_tokens": trainer.seq_len * trainer.batch_rows, "tokens": run.summary["tokens"],
+        "heldout_documents": len(heldout.document), "heldout_labels": int(heldout.position[..., 1].sum()),
+        "times_smaller_than_paper": PAPER_ACTIVE / run.summary["params_active"],
+        "times_fewer_tokens_than_paper": PAPER_TOKENS / run.summary["tokens"],
+        "devices": sorted({f"{r.manifest['world_size']} x {r.manifest['device']}" for r in arms.all}),
+        "commits": sorted({str(r.manifest["commit"]) for r in arms.all}),
+    }  # fmt: skip
+
+
+def _run_row(run: Run, arms: Arms) -> dict[str, Any]:
+    partner = arms.by_seed(arms.baseline)[run.seed]
+    trained = run.of("train")
+    return {
+        "what": "run", "name": run.config.name, "arm": run.arm, "seed": run.seed, "lr": run.config.optim.lr,
+        "loss": run.loss, "tokens_per_s": run.tokens_per_s, "peak_gib": max(row["mem_gib"] for row in trained),
+        "seconds": run.seconds(run.summary["tokens"]), "flops": run.flops(run.summary["tokens"]),
+        "skipped_steps": run.summary["skipped_steps"], "device": run.manifest["device"],
+        "world_size": run.manifest["world_size"], "commit": run.manifest["commit"],
+        "versions": run.manifest["versions"], "tokens_to_baselines_loss": _tokens_to(run, partner.curve[-1][1]),
+        "val": [
+            {"tokens": tokens, "flops": run.flops(tokens), "seconds": run.seconds(tokens), "loss": loss}
+            for tokens, loss in run.curve
+        ],
+    }  # fmt: skip
+
+
+def _tokens_to(run: Run, loss: float) -> float | None:
+    """Tokens after which the run's held-out loss first was as low, between validations on a straight line."""
+    before: tuple[float, float] | None = None
+    for tokens, value in run.curve:
+        if value <= loss:
+            return float(np.interp(-loss, [-before[1], -value], [before[0], tokens])) if before else float(tokens)
+        before = tokens, value
+    return None
+
+
+def _arm_row(runs: Sequence[Run]) -> dict[str, Any]:
+    """Means over the arm's seeds."""
+    first, cuts = runs[0], [losses_of(run) for run in runs]
+    common = [cut for cut in cuts[0] if all(cut in one for one in cuts)]
+    return {
+        "what": "arm", "arm": first.arm, "seeds": [run.seed for run in runs], "lr": first.config.optim.lr,
+        "keys": {key: getattr(getattr(first.config, key.split(".")[0]), key.split(".")[1]) for key in ARM_KEYS},
+        "params_total": first.summary["params_total"], "params_active": first.summary["params_active"],
+        "flops_per_token": first.flops(first.summary["tokens"]) / first.summary["tokens"],
+        "loss": spread([run.loss for run in runs]), "tokens_per_s": mean(run.tokens_per_s for run in runs),
+        "peak_gib": max(row["mem_gib"] for run in runs for row in run.of("train")),
+        "cuts": {cut: mean(one[cut] for one in cuts) for cut in common if cut != WHOLE},
+        "layers": list(_layers(runs)),
+    }  # fmt: skip
+
+
+def _layers(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    """Gates and selection of each layer at the last validation, load of its fullest expert in the last quarter."""
+    probes = [run.of("val")[-1]["layers"] for run in runs]
+    dense = runs[0].config.model.dense_layers
+    for layer in range(len(probes[0])):
+        found: dict[str, Any] = {
+            kind: {name: mean(one[layer][kind][name] for one in probes) for name in probes[0][layer].get(kind, {})}
+            for kind in ("gates", "selection")
+        }
+        if layer >= dense:
+            late = [run.of("train")[-max(1, len(run.of("train")) // 4) :] for run in runs]
+            found["load_peak"] = mean(row["load_peak"][layer - dense] for some in late for row in some)
+        yield found

@@ -1,0 +1,230 @@
+"""Finished runs as a comparison reads them, and whether they may stand side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from nsa_train.config import schema
+from nsa_train.config.load import config_from_tree, to_tree
+from nsa_train.data.stages import stages_of
+from nsa_train.errors import NsaTrainError, RunFolderError
+from nsa_train.plan import training_flops
+from nsa_train.train.folder import FREE_KEYS, differing
+from nsa_train.train.heldout import HELDOUT, HeldOut
+from nsa_train.train.metrics import METRICS, read_metrics
+
+BASELINE, NSA = "full", "nsa"
+PROOFS = ("corpus", "rows_fingerprint", "initial_weights_sha256")  # of the manifest
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed: what a finished run folder says, checkpoints aside."""
+
+    folder: Path
+    config: schema.Config
+    manifest: dict[str, Any]
+    summary: dict[str, Any]
+    rows: list[dict[str, Any]]  # of metrics.jsonl
+    heldout: HeldOut
+
+    @staticmethod
+    def read(folder: Path) -> Run:
+        """Raises RunFolderError where there is no run, or an unfinished one."""
+        summary = _json(folder / "summary.json")
+        if summary.get("status") != "done":
+            steps = f", {summary['steps']} steps taken" if "steps" in summary else ""
+            raise RunFolderError(f"{folder}: the run is not finished ({summary.get('status', 'running')}{steps})")
+        try:
+            config = config_from_tree(yaml.safe_load((folder / "config.yaml").read_text()))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RunFolderError(f"{folder / 'config.yaml'}: cannot be read ({error})") from error
+        manifest, rows = _json(folder / "manifest.json"), read_metrics(folder / METRICS)
+        if missing := [key for key in PROOFS if key not in manifest]:
+            raise RunFolderError(f"{folder / 'manifest.json'}: says nothing of {', '.join(missing)}; train again")
+        return Run(folder, config, manifest, summary, rows, HeldOut.load(folder / HELDOUT))
+
+    @property
+    def arm(self) -> str:
+        return self.config.arm
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def loss(self) -> float:
+        """Held-out, at the end: nats per token."""
+        loss, labels = self.heldout.position.sum((0, 1))
+        return float(loss / labels)
+
+    def of(self, split: str) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["split"] == split]
+
+    @cached_property
+    def curve(self) -> list[tuple[int, float]]:
+        """(tokens, held-out loss) of each validation."""
+        return [(row["tokens"], row["loss"]) for row in self.of("val") if row["loss"] is not None]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Median over the logged steps."""
+        return float(np.median([row["tokens_per_s"] for row in self.of("train")]))
+
+    @cached_property
+    def flops_per_token(self) -> list[float]:
+        """Executed FLOPs of a trained token in each stage, as if every row were one document."""
+        config = self.config
+        lengths = [stage.seq_len for stage in stages_of(config)]
+        return [training_flops(replace(config, trainer=replace(config.trainer, seq_len=n))) for n in lengths]
+
+    def flops(self, tokens: int) -> float:
+        """Executed in training on the first `tokens`."""
+        step_tokens = self.config.trainer.seq_len * self.config.trainer.batch_rows
+        begins = [stage.first_step * step_tokens for stage in stages_of(self.config)]
+        spans = [max(0, min(tokens, end) - begin) for begin, end in pairwise([*begins, tokens])]
+        return sum(cost * span for cost, span in zip(self.flops_per_token, spans, strict=True))
+
+    def seconds(self, tokens: int) -> float:
+        """Of training the first `tokens`: validation, checkpoints and start-up aside.
+
+        The first logged speed holds start-up and compilation; the median stands for it.
+        """
+        at, spent = [0.0], [0.0]
+        for number, row in enumerate(self.of("train")):
+            speed = row["tokens_per_s"] if number else self.tokens_per_s
+            spent.append(spent[-1] + (row["tokens"] - at[-1]) / speed)
+            at.append(row["tokens"])
+        return float(np.interp(tokens, at, spent))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path}: cannot be read ({error}); name folders of finished runs") from error
+    if not isinstance(found, dict):
+        raise RunFolderError(f"{path}: holds no object; name folders of finished runs")
+    return found
+
+
+@dataclass(frozen=True)
+class Arms:
+    """Runs that may be compared, by arm: the baseline first, seeds ascending."""
+
+    runs: dict[str, tuple[Run, ...]]
+
+    @staticmethod
+    def read(folders: Sequence[Path]) -> Arms:
+        """Raises NsaTrainError with everything that keeps these runs from being compared."""
+        found, problems = [], []
+        for folder in folders:
+            try:
+                found.append(Run.read(folder))
+            except RunFolderError as error:
+                problems.append(str(error))
+        if not problems:
+            problems = [line for check in CHECKS for line in check(found)]
+        if problems:
+            raise NsaTrainError("these runs cannot be compared:\n" + "\n".join(f"  {line}" for line in problems))
+        arms = dict.fromkeys(run.arm for run in found)
+        first = _baseline(found)
+        ordered = [first, *(arm for arm in arms if arm != first)]
+        by_seed = sorted(found, key=lambda run: run.seed)
+        return Arms({arm: tuple(run for run in by_seed if run.arm == arm) for arm in ordered})
+
+    @property
+    def baseline(self) -> str:
+        return next(iter(self.runs))
+
+    @property
+    def all(self) -> list[Run]:
+        return [run for runs in self.runs.values() for run in runs]
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """(arm, its baseline): every arm beside the baseline, and nsa beside every other arm."""
+        others = [arm for arm in self.runs if arm != self.baseline]
+        beside = [(NSA, arm) for arm in others if arm != NSA] if NSA in others else []
+        return [(arm, self.baseline) for arm in others] + beside
+
+    def by_seed(self, arm: str) -> dict[int, Run]:
+        return {run.seed: run for run in self.runs[arm]}
+
+
+def _baseline(runs: Sequence[Run]) -> str:
+    """`full`, or else the arm that was named first."""
+    return BASELINE if any(run.arm == BASELINE for run in runs) else runs[0].arm
+
+
+# Why runs may not be compared: each check names what breaks it --------------------------------------------------------
+
+
+def _one_corpus(runs: Sequence[Run]) -> Iterator[str]:
+    first = runs[0]
+    for run in runs[1:]:
+        ours, theirs = run.manifest["corpus"]["hash"], first.manifest["corpus"]["hash"]
+        if ours != theirs:
+            yield f"{run.folder}: corpus {ours[:12]}, but {first.folder} read {theirs[:12]}"
+
+
+def _one_recipe(runs: Sequence[Run]) -> Iterator[str]:
+    """Configurations differ in the arm, its learning rate and the seed; those of one arm in the seed only."""
+    free = (*FREE_KEYS, "name", "seed")
+    for number, run in enumerate(runs):
+        sibling = next(other for other in runs if other.arm == run.arm)
+        if run is not sibling:
+            for key, (a, b) in differing(to_tree(run.config), to_tree(sibling.config), free).items():
+                yield f"{run.folder}: {key}={a!r}, but {sibling.folder} of the same arm has {b!r}"
+        elif number:
+            other_arm = (*free, *schema.ARM_KEYS, "arm", "optim.lr")
+            for key, (a, b) in differing(to_tree(run.config), to_tree(runs[0].config), other_arm).items():
+                yield f"{run.folder}: {key}={a!r}, but {runs[0].folder} has {b!r}, and that is no key of an arm"
+
+
+def _paired_seeds(runs: Sequence[Run]) -> Iterator[str]:
+    """Each arm has a seed once, and none that its baseline lacks."""
+    seen: dict[tuple[str, int], Run] = {}
+    for run in runs:
+        if (run.arm, run.seed) in seen:
+            yield f"{run.folder}: {run.arm} with seed {run.seed} is already there: {seen[run.arm, run.seed].folder}"
+        seen[run.arm, run.seed] = run
+    baseline = _baseline(runs)
+    yield from (
+        f"{run.folder}: {run.arm} with seed {run.seed} has no partner, {baseline} with that seed"
+        for run in runs
+        if (baseline, run.seed) not in seen
+    )
+    if all(run.arm == baseline for run in runs):
+        yield f"all runs are of the arm {baseline}; name runs of two arms or more"
+
+
+def _same_rows_and_weights(runs: Sequence[Run]) -> Iterator[str]:
+    """Runs of a seed read the same rows, in training and held out, and start alike where they have a parameter."""
+    first: dict[int, Run] = {}
+    for run in runs:
+        other = first.setdefault(run.seed, run)
+        if run.manifest["rows_fingerprint"] != other.manifest["rows_fingerprint"]:
+            yield f"{run.folder}: other rows in another order than {other.folder}, though both have seed {run.seed}"
+        ours, theirs = (one.manifest["initial_weights_sha256"] for one in (run, other))
+        unlike = [name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]]
+        if unlike or not ours.keys() & theirs.keys():
+            what = f"{len(unlike)} parameters such as {min(unlike)}" if unlike else "no parameter in common"
+            yield f"{run.folder}: starts from other weights than {other.folder}: {what}"
+        a, b = run.heldout, other.heldout
+        if not (np.array_equal(a.document, b.document) and np.array_equal(a.position[..., 1], b.position[..., 1])):
+            yield f"{run.folder}: its held-out losses are of other rows than those of {other.folder}"
+
+
+CHECKS: tuple[Callable[[Sequence[Run]], Iterator[str]], ...] = (
+    _one_corpus, _one_recipe, _paired_seeds, _same_rows_and_weights,
+)  # fmt: skip

@@ -1,0 +1,204 @@
+"""Train arms of a comparison, one run a GPU at a time (on a CPU one after another), and set them side by side.
+
+python scripts/compare_arms.py sweep --arms full nsa --lrs 5e-4 1e-3 2e-3 4e-3 --set experiment=r1 trainer.steps=400
+python scripts/compare_arms.py run --arms full nsa --seeds 0 1 2 --rates runs/r1-lr.json --set experiment=r1
+
+What --set says goes to every run. Ctrl-C or SIGTERM let the runs write checkpoints (exit code 75); the same command
+goes on, and finished runs are not repeated. `sweep` writes <runs_dir>/<experiment>-lr.json: each arm's best learning
+rate by held-out loss, and whether it lies at the edge of those that were tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from nsa_train import runtime
+from nsa_train.bench import results
+from nsa_train.compare.command import main as compare
+from nsa_train.config.load import load_config
+from nsa_train.config.schema import Config
+from nsa_train.errors import DivergedError, Interrupted, NsaTrainError
+from nsa_train.train.folder import RunFolder
+
+POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to train."""
+
+    overrides: tuple[str, ...]
+    config: Config
+
+    @staticmethod
+    def of(name: str, *overrides: str) -> Job:
+        """`name` follows the experiment's in the run's."""
+        experiment = load_config(overrides).experiment
+        words = (*overrides, f"name={experiment}-{name}")
+        return Job(words, load_config(words))
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Of the run so far. Raises RunFolderError where the folder is in use, or holds another configuration."""
+        folder = RunFolder(self.config)
+        folder.claim()
+        try:
+            return folder.read_json("summary.json")
+        finally:
+            folder.release()
+
+    @property
+    def log(self) -> Path:
+        return self.config.run_dir / "console.log"
+
+
+class Queue:
+    """Trains jobs on the devices of this machine until none is left or a signal says stop."""
+
+    def __init__(self) -> None:
+        self.devices = _devices()
+        self.running: dict[str | None, tuple[Job, subprocess.Popen[bytes], IO[bytes]]] = {}
+        self.stopped = False
+        runtime.share_cores(len(self.devices))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+
+    def train(self, jobs: list[Job]) -> None:
+        """Raises Interrupted after a signal. A run that fails is named, and does not keep the others from running."""
+        waiting = [job for job in jobs if job.summary.get("status") != "done"]
+        print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished, {len(self.devices)} at a time", flush=True)
+        if waiting:  # the corpus once, before many would wait for it
+            code = subprocess.run(_command("prepare", waiting[0]), check=False).returncode
+            if code and not self.stopped:
+                raise NsaTrainError(f"the corpus could not be prepared (exit code {code}), see above")
+        while self.running or (waiting and not self.stopped):
+            for device in self.devices:
+                if waiting and not self.stopped and device not in self.running:
+                    self.running[device] = self._start(waiting.pop(0), device)
+            self._collect()
+            time.sleep(POLL_S)
+        if self.stopped:
+            raise Interrupted("stopped, checkpoints written; the same command goes on")
+
+    def _start(self, job: Job, device: str | None) -> tuple[Job, subprocess.Popen[bytes], IO[bytes]]:
+        place = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
+        print(f"{job.config.name}: starts" + (f" on GPU {device}" if device is not None else ""), flush=True)
+        log = job.log.open("ab")
+        return job, subprocess.Popen(_command("train", job), stdout=log, stderr=log, env=os.environ | place), log
+
+    def _collect(self) -> None:
+        for device, (job, process, log) in list(self.running.items()):
+            if process.poll() is not None:
+                log.close()
+                del self.running[device]
+                said = f"held-out loss {job.summary['val_loss_last']}" if not process.returncode else f"see {job.log}"
+                print(f"{job.config.name}: exit code {process.returncode}, {said}", flush=True)
+
+    def _stop(self, number: int, frame: object) -> None:
+        self.stopped = True
+        for _, process, _ in self.running.values():
+            process.terminate()
+
+
+def _command(name: str, job: Job) -> list[str]:
+    return [sys.executable, "-m", "nsa_train", name, *job.overrides]
+
+
+def _devices() -> list[str | None]:
+    """What CUDA_VISIBLE_DEVICES is set to for each run in turn; [None] on a CPU."""
+    import torch
+
+    if runtime.device().type == "cpu":
+        return [None]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return list(visible.split(",") if visible else map(str, range(torch.cuda.device_count())))
+
+
+def sweep(queue: Queue, arms: list[str], lrs: list[float], overrides: list[str]) -> int:
+    """Train each arm with each learning rate; keep the best by held-out loss, a diverged run counting as worst."""
+    jobs = {(arm, lr): Job.of(f"{arm}-lr{lr:g}", *overrides, f"attention={arm}", f"optim.lr={lr}")
+            for arm in arms for lr in sorted(lrs)}  # fmt: skip
+    queue.train(list(jobs.values()))
+    rows = []
+    for arm in arms:
+        losses = {lr: _final_loss(jobs[arm, lr]) for lr in sorted(lrs)}
+        finite = {lr: loss for lr, loss in losses.items() if loss is not None}
+        if not finite:
+            raise NsaTrainError(f"{arm} diverged with every learning rate; try smaller ones in --lrs")
+        best = min(finite, key=lambda lr: finite[lr])
+        edge = best in (min(lrs), max(lrs))
+        shown = ", ".join(f"{lr:g}: {'diverged' if loss is None else f'{loss:.4f}'}" for lr, loss in losses.items())
+        rows.append(
+            {"arm": arm, "lr": best, "at_edge": edge, "losses": {f"{lr:g}": loss for lr, loss in losses.items()}}
+        )
+        print(f"{arm}: best learning rate {best:g} of {shown}" + ("; at the edge: extend --lrs" if edge else ""))
+    config = next(iter(jobs.values())).config
+    print(results.write_result(f"{config.experiment}-lr", "sweep", rows, folder=Path(config.runs_dir)))
+    return 0
+
+
+def _final_loss(job: Job) -> float | None:
+    """Held-out loss of a finished run, None of one that diverged."""
+    summary = job.summary
+    if summary.get("status") != "done" and summary.get("exit_code") != DivergedError.exit_code:
+        raise NsaTrainError(f"{job.config.name} did not finish; see {job.log}")
+    return summary["val_loss_last"] if summary["status"] == "done" else None
+
+
+def run(queue: Queue, args: argparse.Namespace) -> int:
+    """Train each arm with each seed, then compare."""
+    rates = _best_rates(args.rates) if args.rates else {}
+    if args.rates and (missing := [arm for arm in args.arms if arm not in rates]):
+        raise NsaTrainError(f"--rates {args.rates}: no learning rate for {', '.join(missing)}; sweep these arms too")
+    jobs = []
+    for seed in args.seeds:
+        for arm in args.arms:
+            rate = [f"optim.lr={rates[arm]}"] if rates else []
+            jobs.append(Job.of(f"{arm}-seed{seed}", *args.set, f"attention={arm}", f"seed={seed}", *rate))
+    queue.train(jobs)
+    options = [f"--{key}={getattr(args, key)}" for key in ("name", "gates", "out") if getattr(args, key)]
+    return compare([*(str(job.config.run_dir) for job in jobs), *options])
+
+
+def _best_rates(path: Path) -> dict[str, float]:
+    try:
+        return {row["arm"]: row["lr"] for row in json.loads(path.read_text())["rows"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise NsaTrainError(f"--rates {path}: no result of a sweep ({error})") from error
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, about in (("sweep", "find each arm's learning rate"), ("run", "train arms and seeds, and compare")):
+        command = commands.add_parser(name, help=about)
+        command.add_argument("--arms", nargs="+", required=True, metavar="ARM", help="options of configs/attention")
+        command.add_argument("--set", nargs="+", default=[], metavar="key=value", help="for all runs")
+    swept, trained = commands.choices["sweep"], commands.choices["run"]
+    swept.add_argument("--lrs", nargs="+", type=float, required=True, metavar="LR")
+    trained.add_argument("--seeds", nargs="+", type=int, default=[0])
+    trained.add_argument("--rates", type=Path, help="JSON of a sweep; default: one optim.lr for all arms")
+    trained.add_argument("--name", help="of the report; default: the experiment's")
+    trained.add_argument("--gates", type=Path, help="JSON of `nsa-train compare gates`, printed in the report")
+    trained.add_argument("--out", type=Path, help="folder of the report")
+    args = parser.parse_args()
+    runtime.setup_console()
+    try:
+        queue = Queue()
+        return sweep(queue, args.arms, args.lrs, args.set) if args.command == "sweep" else run(queue, args)
+    except NsaTrainError as error:
+        print(f"error: {error}" if error.exit_code != 75 else str(error), file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

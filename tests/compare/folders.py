@@ -1,0 +1,50 @@
+"""Run folders as finished runs leave them, with losses that a test chooses."""
+
+import json
+
+import numpy as np
+
+from nsa_train.config.load import load_config, to_yaml
+from nsa_train.train.heldout import HeldOut
+
+DOCUMENTS = 40
+LABELS = np.random.default_rng(1).integers(20, 200, (DOCUMENTS, 3))  # by position bucket of rows of 512
+WEIGHTS = {"embed.weight [8, 4]": "a", "head.weight [8, 4]": "b"}
+
+
+def make_run(runs, arm, seed=0, gain=0.0, noise=0.001, far_gain=0.0, overrides=(), manifest=(), summary=()):
+    """A run of 6 steps whose held-out loss is `gain` below 5 nats, and `far_gain` more in the last bucket."""
+    config = load_config([f"attention={arm}", f"seed={seed}", f"name={arm}-{seed}", f"runs_dir={runs}",
+                          "trainer.steps=6", *overrides])  # fmt: skip
+    folder = runs / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng([seed, len(arm), ord(arm[-1])])
+    shared = np.random.default_rng(seed).normal(5, 0.5, (DOCUMENTS, 1))  # a document is hard for every arm
+    mean = shared - gain - far_gain * np.array([0, 0, 1]) + draw.normal(0, noise, (DOCUMENTS, 3))
+    position = np.stack([mean * LABELS, LABELS.astype(float)], -1)
+    recall = np.stack([position[:, 0] / 2, position[:, 1] / 4, position[:, 1] / 4, position[:, 2] / 2], 1)
+    edges = (np.array([0, 128, 256, 512]), np.array([0, 64, 128, 256, 512]))
+    source = np.arange(DOCUMENTS, dtype=np.int32) % 2
+    HeldOut(np.arange(DOCUMENTS), source, np.array(["code", "prose"]), position, edges[0], recall, edges[1]).save(
+        folder / "heldout.npz"
+    )
+    loss, labels = position.sum((0, 1))
+    tokens = config.trainer.seq_len * config.trainer.batch_rows
+    rows = [{"split": "train", "step": s, "tokens": s * tokens, "loss": 6.0, "tokens_per_s": 1e3 if s == 1 else 1e4,
+             "mem_gib": 1.0, "load_peak": [2.0, 3.0, 4.0]} for s in range(1, 7)]  # fmt: skip
+    probe = {"gates": dict.fromkeys(config.attention.branches, 0.5)} if config.attention.gate else {}
+    rows += [{"split": "val", "step": s, "tokens": s * tokens, "loss": 7.0 + (loss / labels - 7) * s / 6,
+              "layers": [probe] * 4} for s in (0, 3, 6)]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    facts = {
+        "corpus": {"name": "text", "hash": "c" * 64, "share_past": {"1024": 0.6, "2048": 0.4}, "epochs": {"code": 1.5}},
+        "rows_fingerprint": f"rows of seed {seed}", "commit": "f" * 40, "device": "CPU", "world_size": 1,
+        "versions": {},
+        "initial_weights_sha256": {name: f"{value}{seed}" for name, value in WEIGHTS.items()},
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps({**facts, **dict(manifest)}))
+    ended = {"status": "done", "tokens": 6 * tokens, "steps": 6, "params_active": 500_000, "params_total": 10**6,
+             "unigram_entropy": 7.5, "skipped_steps": 0}  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps({**ended, **dict(summary)}))
+    (folder / "config.yaml").write_text(to_yaml(config))
+    return folder

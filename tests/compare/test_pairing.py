@@ -1,0 +1,89 @@
+"""Runs that may not stand side by side are refused, each for its own reason."""
+
+import pytest
+from folders import WEIGHTS, make_run
+
+from nsa_train.cli import main
+from nsa_train.compare.runs import Arms
+from nsa_train.errors import NsaTrainError
+
+
+def refusal(*folders):
+    with pytest.raises(NsaTrainError) as caught:
+        Arms.read(folders)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_runs_that_differ_in_arm_learning_rate_and_seed_are_taken(tmp_path):
+    runs = [make_run(tmp_path, arm, seed, overrides=[f"optim.lr={lr}", "trainer.log_every=3"])
+            for arm, lr in (("nsa", 2e-3), ("full_gated_wide", 1e-3), ("full", 1e-3), ("window", 1e-3))
+            for seed in (1, 0)]  # fmt: skip
+    arms = Arms.read(runs[:-1])
+    assert list(arms.runs) == ["full", "nsa", "full_gated_wide", "window"]
+    assert [run.seed for run in arms.runs["nsa"]] == [0, 1]
+    assert [run.seed for run in arms.runs["window"]] == [1]
+    assert set(arms.pairs) == {("nsa", "full"), ("full_gated_wide", "full"), ("window", "full"),
+                               ("nsa", "full_gated_wide"), ("nsa", "window")}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"manifest": {"corpus": {"hash": "d" * 64}}}, "nsa-0: corpus dddddddddddd, but "),
+        ({"manifest": {"rows_fingerprint": "others"}}, "nsa-0: other rows in another order than "),
+        ({"manifest": {"initial_weights_sha256": {**dict.fromkeys(WEIGHTS, "x")}}},
+         "starts from other weights than"),
+        ({"manifest": {"initial_weights_sha256": {"phi [2]": "x"}}}, "no parameter in common"),
+        ({"summary": {"status": "interrupted", "steps": 3}}, "the run is not finished (interrupted, 3 steps taken)"),
+        ({"overrides": ["trainer.batch_rows=4"]}, "nsa-0: trainer.batch_rows=4, but "),
+        ({"overrides": ["attention.window=32"]}, "nsa-0: attention.window=32, but "),
+        ({"overrides": ["model.width=64"]}, "nsa-0: model.width=64, but "),
+        ({"seed": 1}, "nsa-1: nsa with seed 1 has no partner, full with that seed"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_breach_is_refused_with_its_reason(change, words, tmp_path):
+    assert words in refusal(make_run(tmp_path, "full"), make_run(tmp_path, "nsa", **change))
+
+
+def test_arms_are_one_configuration_with_each_seed_once(tmp_path):
+    full, nsa = make_run(tmp_path, "full"), make_run(tmp_path, "nsa")
+    again = make_run(tmp_path / "more", "nsa")
+    assert f"{again}: nsa with seed 0 is already there: {nsa}" in refusal(full, nsa, again)
+    other = [make_run(tmp_path, arm, 1, overrides=[f"optim.lr={lr}"]) for arm, lr in (("full", 3e-3), ("nsa", 1e-3))]
+    assert "nsa-1: optim.lr=0.001, but " in refusal(full, nsa, *other)
+    assert "name runs of two arms or more" in refusal(full)
+
+
+def test_held_out_losses_must_be_of_the_same_rows(tmp_path):
+    import numpy as np
+
+    full, nsa = make_run(tmp_path, "full"), make_run(tmp_path, "nsa")
+    with np.load(nsa / "heldout.npz") as file:
+        arrays = dict(file)
+    arrays["document"] += 1
+    np.savez(nsa / "heldout.npz", **arrays)
+    assert "its held-out losses are of other rows" in refusal(full, nsa)
+
+
+def test_all_breaches_are_told_at_once_on_the_command_line(tmp_path, capsys):
+    full, nsa = make_run(tmp_path, "full"), make_run(tmp_path, "nsa", manifest={"corpus": {"hash": "d" * 64}}, seed=1)
+    assert main(["compare", str(full), str(nsa)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: these runs cannot be compared:\n")
+    assert "corpus dddddddddddd" in said
+    assert "has no partner" in said
+
+
+@pytest.mark.parametrize("missing", ["summary.json", "config.yaml", "manifest.json", "heldout.npz"])
+def test_a_folder_that_is_no_finished_run_is_named(missing, tmp_path):
+    full, nsa = make_run(tmp_path, "full"), make_run(tmp_path, "nsa")
+    (nsa / missing).unlink()
+    assert str(nsa / missing) in refusal(full, nsa)
+
+
+def test_a_run_of_an_older_version_is_named(tmp_path):
+    full, nsa = make_run(tmp_path, "full"), make_run(tmp_path, "nsa")
+    (nsa / "manifest.json").write_text('{"corpus": {}}')
+    assert "says nothing of rows_fingerprint, initial_weights_sha256" in refusal(full, nsa)

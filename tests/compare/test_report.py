@@ -1,0 +1,183 @@
+"""The level follows its rule, and JSON, Markdown and figure say the same."""
+
+import json
+
+import pytest
+from folders import DOCUMENTS, LABELS, make_run
+
+from nsa_train.cli import main
+from nsa_train.compare.levels import levels, reached, secondary
+from nsa_train.compare.runs import Arms, Run
+from nsa_train.compare.statistics import Difference
+from nsa_train.plan import training_flops
+
+PASSED = [
+    {"experiment": "tiny", "arm": arm, "gate": "future", "passed": True, "found": "0", "demanded": "0"}
+    for arm in ("full", "nsa")
+]
+
+
+def difference(baseline, mean, seeds=3, spread=0.001):
+    values = {seed: mean + spread * (seed - (seeds - 1) / 2) for seed in range(seeds)}
+    return Difference.of("nsa", baseline, "all", values, se_data=0.0005)
+
+
+@pytest.mark.parametrize(
+    ("found", "gates", "level"),
+    [
+        ([difference("full", -0.03), difference("full_gated", -0.02)], PASSED, "L3"),
+        ([difference("full", -0.03), difference("full_gated", -0.02)], [], None),
+        ([difference("full", -0.03), difference("full_gated", -0.02)], [PASSED[0]], None),
+        ([difference("full", -0.03), difference("full_gated", -0.02)], [*PASSED, {**PASSED[1], "passed": False}], None),
+        ([difference("full", -0.03), difference("full_gated", 0.0)], PASSED, "L2"),
+        ([difference("full", -0.03)], PASSED, "L2"),
+        ([difference("full", -0.03, seeds=2), difference("full_gated", -0.02)], PASSED, "L1"),
+        ([difference("full", -0.03, seeds=1)], PASSED, "L0"),
+        ([difference("full", 0.005)], PASSED, "L1"),
+        ([difference("full", 0.012)], PASSED, "L0"),
+        ([difference("full", -0.03, spread=0.05)], PASSED, "L0"),
+        (
+            [difference("full", -0.03), difference("full_gated", -0.02), difference("full_gated_wide", 0.0)],
+            PASSED,
+            "L2",
+        ),
+        (
+            [difference("full", -0.03), difference("full_gated", -0.02), difference("full_gated_wide", 0.0, seeds=1)],
+            PASSED,
+            "L3",
+        ),
+    ],
+)
+def test_the_level_follows_the_rule(found, gates, level):
+    ladder = levels(found, ["full", "nsa"], gates)
+    assert [one.name for one in ladder] == ["L0", "L1", "L2", "L3"]
+    last = reached(ladder)
+    assert (last and last.name) == level
+
+
+def test_secondary_endpoints_are_corrected_together():
+    found = [
+        Difference.of("nsa", arm, cut, {0: -0.02, 1: -0.021, 2: -0.019}, 0.0)
+        for arm in ("full_gated", "nsa_random", "window")
+        for cut in ("all", "position 1024+", "recall 2048+")
+    ]
+    asked = secondary(found)
+    assert [(d.baseline, d.cut) for d, _ in asked] == [
+        ("full_gated", "all"), ("nsa_random", "position 1024+"), ("window", "recall 2048+"),
+    ]  # fmt: skip
+    assert all(corrected == pytest.approx(3 * d.p) for d, corrected in asked)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """The JSON of a comparison of three arms, three seeds each, and the Markdown beside it."""
+    root = tmp_path_factory.mktemp("compare")
+    gains = {"full": 0.0, "full_gated": 0.01, "nsa": 0.05}
+    folders = [
+        make_run(root, arm, seed, gain, far_gain=0.1 * (arm == "nsa"))
+        for arm, gain in gains.items()
+        for seed in range(3)
+    ]
+    gates = [{**gate, "arm": arm} for gate in PASSED for arm in gains]
+    (root / "gates.json").write_text(json.dumps({"schema": "nsa-train/gates/1", "rows": gates}))
+    words = ["--name", "test", "--out", str(root / "out"), "--gates", str(root / "gates.json")]
+    assert main(["compare", *map(str, folders), *words]) == 0
+    assert (root / "out" / "comparison_test.png").read_bytes()[:4] == b"\x89PNG"
+    return json.loads((root / "out" / "comparison_test.json").read_text()), (
+        root / "out" / "comparison_test.md"
+    ).read_text()
+
+
+def rows(result, what, **keys):
+    return [row for row in result[0]["rows"] if row["what"] == what and all(row[k] == v for k, v in keys.items())]
+
+
+def test_the_json_has_the_common_head_and_the_level(result):
+    assert {"schema", "command", "commit", "date", "device", "versions", "rows"} == set(result[0])
+    assert result[0]["schema"] == "nsa-train/comparison/1"
+    (head,) = rows(result, "comparison")
+    assert (head["level"], head["corpus"]["hash"], head["heldout_documents"]) == ("L3", "c" * 64, DOCUMENTS)
+    assert head["heldout_labels"] == LABELS.sum()
+    assert len(rows(result, "run")) == 9
+    assert len(rows(result, "gate")) == 6
+
+
+def test_paired_differences_are_those_that_were_planted(result):
+    """Documents differ by half a nat, and the arms by hundredths: pairing finds them."""
+    far = 0.1 * LABELS[:, 2].sum() / LABELS.sum()
+    (whole,) = rows(result, "difference", arm="nsa", baseline="full", cut="all")
+    assert whole["mean"] == pytest.approx(-0.05 - far, abs=2e-3)
+    assert whole["se"] < 0.01
+    wanted = {"position 0-128": -0.05, "position 128-256": -0.05, "position 256-512": -0.15, "source code": -0.05 - far,
+              "recall 64-128": -0.05, "recall 256+": -0.15}  # fmt: skip
+    for cut, mean in wanted.items():
+        (d,) = rows(result, "difference", arm="nsa", baseline="full", cut=cut)
+        assert d["mean"] == pytest.approx(mean, abs=8e-3 if "source" in cut else 2e-3), cut
+    (control,) = rows(result, "difference", arm="nsa", baseline="full_gated", cut="all")
+    assert control["mean"] == pytest.approx(-0.04 - far, abs=2e-3)
+
+
+def test_curves_have_three_axes(result, tmp_path):
+    (row,) = rows(result, "run", arm="nsa", seed=0)
+    config = Run.read(make_run(tmp_path, "nsa")).config
+    tokens = 512 * 8
+    assert [point["tokens"] for point in row["val"]] == [0, 3 * tokens, 6 * tokens]
+    assert [point["flops"] for point in row["val"]] == [n * tokens * training_flops(config) for n in (0, 3, 6)]
+    assert [point["seconds"] for point in row["val"]] == pytest.approx([n * tokens / 1e4 for n in (0, 3, 6)])
+    assert 3 * tokens < row["tokens_to_baselines_loss"] < 6 * tokens
+
+
+def test_flops_are_counted_stage_by_stage(tmp_path):
+    rest = "mixture: {}, rope_factor: 1.0"
+    parts = f"{{a: {{tokens: 8192, seq_len: 256, {rest}}}, b: {{tokens: null, seq_len: 512, {rest}}}}}"
+    stages = ["trainer.seq_len=256", "trainer.batch_rows=16", f"stages.parts={parts}"]
+    run = Run.read(make_run(tmp_path, "nsa", overrides=stages))
+    short, long = run.flops_per_token
+    assert short < long
+    assert run.flops(4096) == 4096 * short
+    assert run.flops(4 * 4096) == pytest.approx(8192 * short + 8192 * long)
+
+
+def test_the_markdown_says_what_the_json_says(result):
+    text = result[1]
+    assert "**level L3: due to sparsity**" in text
+    (d,) = rows(result, "difference", arm="nsa", baseline="full", cut="all")
+    assert f"| nsa - full | 3 | {d['mean']:+.4f} |" in text
+    for words in (
+        "60% past 1024",
+        "1.50 of code",
+        "| L0 gates passed |",
+        "position 256-512",
+        "source prose",
+        "recall 128-256",
+        "comparison_test.png",
+        "fullest expert",
+    ):
+        assert words in text, words
+
+
+def test_without_full_the_first_arm_is_the_baseline(tmp_path):
+    runs = [make_run(tmp_path, arm) for arm in ("window", "nsa_no_win")]
+    assert Arms.read(runs).pairs == [("nsa_no_win", "window")]
+
+
+def test_gates_of_another_experiment_are_refused(tmp_path, capsys):
+    runs = [str(make_run(tmp_path, arm)) for arm in ("full", "nsa")]
+    gates = {"schema": "nsa-train/gates/1", "rows": [{**PASSED[0], "experiment": "r1"}]}
+    (tmp_path / "gates.json").write_text(json.dumps(gates))
+    assert main(["compare", *runs, "--gates", str(tmp_path / "gates.json")]) == 2
+    assert "of r1, but the runs are of tiny" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--name", "a/b"], "--name 'a/b' may hold letters"),
+        (["--gates", "missing.json"], "--gates missing.json: cannot be read"),
+    ],
+)
+def test_wrong_options_are_one_message(words, message, tmp_path, capsys):
+    runs = [str(make_run(tmp_path, arm)) for arm in ("full", "nsa")]
+    assert main(["compare", *runs, "--out", str(tmp_path / "out"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
