@@ -1,10 +1,11 @@
-"""Routed experts on a GPU, in bf16: the kernels, the grouped products and their gradients."""
+"""Routed experts and rotary positions on a GPU, in bf16: the kernels, the grouped products, their gradients."""
 
 import pytest
 import torch
 
 from nsa_train.bench.timing import relative_error
 from nsa_train.ops import experts
+from nsa_train.ops.rope import rotate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("unwritten_memory_is_poison")]
 
@@ -30,3 +31,16 @@ def test_outputs_and_gradients_are_those_of_fp64(T, E, K, M, width):
         assert got.isfinite().all(), name
         assert relative_error(got, want) < 1e-2, name
         assert torch.equal(got, again), name
+
+
+@pytest.mark.parametrize("shape", [(777, 16, 64), (300, 4, 192)])
+def test_rotation_and_its_gradient_are_those_of_the_plain_form(shape):
+    torch.manual_seed(0)
+    x, grad = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    angle = torch.randn(shape[0], shape[2] // 2, device="cuda")
+    found = []
+    for own in (x.requires_grad_(), x.detach().double().requires_grad_()):  # fp64 takes the plain form
+        out = rotate(own, angle.cos(), angle.sin())
+        found.append([out, *torch.autograd.grad(out, own, grad.to(out.dtype))])
+    for got, want in zip(*found, strict=True):
+        assert relative_error(got, want) < 5e-3
