@@ -77,7 +77,7 @@ def _show_config(overrides: list[str]) -> int:
 def _plan(overrides: list[str]) -> int:
     """parameters, FLOPs and memory of a configuration, before anything starts"""
     config = _config(overrides)
-    from nsa_train.plan import plan
+    from nsa_train.plan.report import plan
 
     _show(plan(config))
     return 0

@@ -9,11 +9,13 @@ import sys
 import pytest
 import torch
 
-from nsa_train import doctor, plan, runtime
+from nsa_train import doctor, runtime
 from nsa_train.cli import COMMANDS, main
 from nsa_train.config.load import load_config
 from nsa_train.model.counts import count_parameters, meta_model
 from nsa_train.ops import reference
+from nsa_train.plan import flops
+from nsa_train.plan.memory import states
 
 
 def cpu_seconds(*command):
@@ -55,16 +57,16 @@ def test_the_plan_counts_the_keys_that_the_reference_shows_a_query(arm):
         "full": torch.ones(L, L).tril(), "cmp": reference.cmp_visible(L, spec),
         "slc": reference.slc_visible(blocks, L, spec)[:, 0], "win": reference.win_visible(L, spec.window),
     }  # fmt: skip
-    found = plan.keys_read(config)
+    found = flops.keys_read(config)
     assert set(found) == set(a.branches)
     for branch, keys in found.items():
         assert keys == pytest.approx(float(seen[branch].sum()) / L), branch
 
 
 def test_blocks_cost_nothing_to_score_where_none_is_read_by_its_score():
-    cost = {arm: plan.importance_flops(load_config([f"attention={arm}"])) for arm in ("nsa", "nsa_no_win")}
+    cost = {arm: flops.importance_flops(load_config([f"attention={arm}"])) for arm in ("nsa", "nsa_no_win")}
     assert cost["nsa"] == cost["nsa_no_win"] > 0
-    assert [plan.importance_flops(load_config([f"attention={a}"])) for a in ("full", "nsa_random", "nsa_no_slc")] == [
+    assert [flops.importance_flops(load_config([f"attention={a}"])) for a in ("full", "nsa_random", "nsa_no_slc")] == [
         0,
         0,
         0,
@@ -88,9 +90,18 @@ def test_the_plans_parts_add_up(options, capsys):
 
 
 def test_more_ranks_share_optimizer_state_and_stage_2_gradients_too():
-    whole, shared = (plan.state_gib(2**30, 2, torch.bfloat16, ranks) for ranks in (1, 8))
-    assert (whole, shared) == (2 + 4 + 12, 2 + (4 + 12) / 8)
-    assert plan.state_gib(2**30, 1, torch.float32, 8) == 4 + 4 + 12 / 8
+    parts = ("weights", "gradients", "optimizer")
+
+    def per_parameter(ranks, *options):
+        config = load_config(options)
+        found = states(config, ranks)
+        return [found[part] / count_parameters(meta_model(config))["total"] for part in parts]
+
+    assert per_parameter(1, "trainer.dtype=bf16", "parallel=zero2") == [2, 4, 12]
+    assert per_parameter(8, "trainer.dtype=bf16", "parallel=zero2") == [2, 4 / 8, 12 / 8]
+    assert per_parameter(8, "trainer.dtype=fp32", "parallel=zero1") == [4, 4, 12 / 8]
+    assert per_parameter(8, "trainer.dtype=bf16", "parallel=zero3") == [2 / 8, 4 / 8, 12 / 8]
+    assert per_parameter(8, "parallel.offload_optimizer=cpu")[2] == 0
 
 
 # doctor ---------------------------------------------------------------------------------------------------------------

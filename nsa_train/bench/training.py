@@ -23,7 +23,7 @@ from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
 from nsa_train.data.loader import largest_divisor
 from nsa_train.errors import NsaTrainError
-from nsa_train.plan import training_flops
+from nsa_train.plan.flops import training_flops
 
 PEAK_FLOPS = {"90": 989e12}  # dense bf16 of a GPU, by architecture
 LOG_EVERY = 5  # steps that a speed is a mean over

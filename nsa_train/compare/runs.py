@@ -16,7 +16,7 @@ from nsa_train.config import schema
 from nsa_train.config.load import to_tree
 from nsa_train.data.stages import stages_of
 from nsa_train.errors import NsaTrainError, RunFolderError
-from nsa_train.plan import training_flops
+from nsa_train.plan.flops import training_flops
 from nsa_train.train.folder import FREE_KEYS, differing, read_config
 from nsa_train.train.heldout import HELDOUT, HeldOut
 from nsa_train.train.metrics import METRICS, read_metrics

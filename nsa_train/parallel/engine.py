@@ -25,6 +25,7 @@ from nsa_train.config.deepspeed_keys import merged
 from nsa_train.errors import NsaTrainError
 
 T = TypeVar("T")
+BUCKET_ELEMENTS = 200_000_000  # that are reduced or gathered at once
 PARTS = ("master", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight
 
 
@@ -83,8 +84,8 @@ def engine_settings(
         "overlap_comm": False,
         "contiguous_gradients": True,
         "round_robin_gradients": False,
-        "reduce_bucket_size": 200_000_000,
-        "allgather_bucket_size": 200_000_000,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
     }
     pinned = {"pin_memory": torch.cuda.is_available()}
     if parallel.offload_optimizer != "none":

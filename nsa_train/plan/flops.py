@@ -1,14 +1,9 @@
-"""What a configuration will cost, before anything starts: parameters, FLOPs and memory, by part."""
+"""How many floating-point operations a configuration takes for a token, by part, as NSA executes them."""
 
 from __future__ import annotations
 
-import torch
-
 from nsa_train.config.schema import Config
 from nsa_train.model.counts import meta_model, parameters_by_part
-from nsa_train.runtime import dtype_of
-
-RANKS = (1, 8, 64)
 
 
 def keys_read(config: Config) -> dict[str, float]:
@@ -71,43 +66,3 @@ def forward_flops(config: Config) -> dict[str, float]:
 def training_flops(config: Config) -> float:
     """FLOPs of a token in training: backward is twice forward, for all parts that have one; no recomputation."""
     return 3 * sum(forward_flops(config).values()) - 2 * importance_flops(config)
-
-
-def state_gib(parameters: int, zero_stage: int, dtype: torch.dtype, ranks: int) -> float:
-    """GiB of weights, gradients and optimizer state on one rank; activations come on top."""
-    width = 2 if dtype == torch.bfloat16 else 4
-    gradients = width if zero_stage == 1 else 4 / ranks
-    weights = width / ranks if zero_stage == 3 else width
-    return parameters * (weights + gradients + 12 / ranks) / 2**30
-
-
-def plan(config: Config) -> str:
-    """The report of `nsa-train plan`."""
-    parts = parameters_by_part(meta_model(config))
-    total, active = (sum(column) for column in zip(*parts.values(), strict=True))
-    trainer, dtype = config.trainer, dtype_of(config.trainer.dtype)
-    lines = [f"{config.name}: {config.model.layers} layers, width {config.model.width}, {config.arm} attention", ""]
-    lines += [f"{'parameters':22}{'total':>18}{'active per token':>20}"]
-    lines += [f"  {part:20}{n:>18,}{used:>20,}" for part, (n, used) in parts.items()]
-    lines += [f"  {'all':20}{total:>18,}{active:>20,}   (embedding and head are not active)", ""]
-
-    flops = forward_flops(config)
-    forward, training = sum(flops.values()), training_flops(config)
-    lines += [f"forward FLOPs per token in one document of {trainer.seq_len} tokens"]
-    lines += [f"  {part:20}{n / 1e6:>14,.2f} M{n / forward:>8.1%}" for part, n in flops.items()]
-    lines += [f"  {'all':20}{forward / 1e6:>14,.2f} M"]
-    tokens = trainer.batch_rows * trainer.seq_len
-    lines += [
-        f"  training takes {training / forward:.2f} times that: {training * tokens / 1e12:,.3f} TFLOP a step of "
-        f"{tokens:,} tokens, {training * tokens * trainer.steps / 1e15:,.4f} PFLOP for {trainer.steps} steps",
-        "",
-    ]
-    lines += [
-        f"GiB per rank for weights, gradients and optimizer state, {str(dtype)[6:]}, ZeRO {config.parallel.zero_stage}"
-    ]
-    lines += [
-        f"  {ranks:>3} ranks {state_gib(total, config.parallel.zero_stage, dtype, ranks):>12,.2f}" for ranks in RANKS
-    ]
-    logits = min(trainer.loss_chunk_tokens, trainer.micro_rows * trainer.seq_len) * config.model.vocab * 4 * 2 / 2**30
-    lines += [f"  logits of one loss chunk {logits:,.2f}; activations come on top"]
-    return "\n".join(lines)

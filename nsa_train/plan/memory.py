@@ -1,0 +1,131 @@
+"""How much memory a rank needs for a configuration, by part, before anything starts: counted from what the code keeps.
+
+Activations are those of a forward pass of T tokens on a GPU. What lies there from the forward to the backward pass is
+`kept`; of what comes and goes, `passing`, the largest counts. All in bytes. Letters as in `ops/`: M width, Hq and Hk
+heads, D and Dv their widths, K of E experts of width F a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nsa_train.config.schema import Config
+from nsa_train.model.counts import meta_model, parameters_by_part
+from nsa_train.ops.compressed import query_chunk
+from nsa_train.ops.select import SCRATCH_BYTES
+from nsa_train.parallel.engine import BUCKET_ELEMENTS
+from nsa_train.runtime import dtype_of
+
+FP32, INT64 = 4, 8
+LOGIT_BYTES = 12  # of a logit while its chunk goes backward: log-softmax and its gradient in fp32, and the logits' own
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank, by part."""
+
+    states: dict[str, float]
+    kept: dict[str, float]
+    passing: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.states.values()) + sum(self.kept.values()) + max(self.passing.values())
+
+
+def memory(config: Config, ranks: int, tokens: int | None = None) -> Memory:
+    """Of each rank; `tokens` of a forward pass, by default trainer.micro_rows rows."""
+    tokens = tokens or config.trainer.micro_rows * config.trainer.seq_len
+    return Memory(states(config, ranks), kept(config, tokens), passing(config, tokens))
+
+
+def states(config: Config, ranks: int) -> dict[str, float]:
+    """Weights, gradients, optimizer, and the buckets in which gradients travel, as ZeRO's stage shards them."""
+    parameters = sum(total for total, _ in parameters_by_part(meta_model(config)).values())
+    stage, width = config.parallel.zero_stage, dtype_of(config.trainer.dtype).itemsize
+    on_gpu = 0 if config.parallel.offload_optimizer == "cpu" else 1
+    return {
+        "weights": parameters * width / (ranks if stage == 3 else 1),
+        "gradients": parameters * (width if stage == 1 else FP32 / ranks),
+        "optimizer": on_gpu * parameters * 3 * FP32 / ranks,
+        "communication": min(BUCKET_ELEMENTS, parameters) * width if stage > 1 else 0.0,
+    }
+
+
+def attention_bytes(config: Config) -> float:
+    """Kept by one attention layer, of a token: its input, what the branches read and gave, the gates."""
+    m, a, width = config.model, config.attention, dtype_of(config.trainer.dtype).itemsize
+    heads_out, pair = m.heads * m.value_dim * width, m.kv_heads * (m.key_dim + m.value_dim) * width
+    found = m.width * width + m.heads * m.key_dim * width  # normed input, rotated queries
+    gates = m.heads * len(a.branches) * width if a.gate else 0.0
+    if "cmp" not in a.branches:
+        # K and V, each document's output and all of them side by side, log-sum-exps; gated outputs
+        return found + pair + 2 * heads_out + m.heads * FP32 + gates + (heads_out if a.gate else 0.0)
+    r, d = a.cmp_block // a.cmp_stride, a.cmp_stride
+    mlp = a.phi == "mlp"
+    found += pair * (
+        1 + (r + 2 * mlp) / d
+    )  # segments; products of their slices, phi's hidden layer, compressed K and V
+    own = sum(branch in a.branches for branch in ("slc", "win"))
+    found += pair * (1 if a.shared_kv else own)
+    # output of the branches and of the op, log-sum-exps, chosen blocks, gates as the op takes them
+    return found + 4 * heads_out + 3 * m.heads * FP32 + m.kv_heads * a.slc_count * FP32 + 2 * gates
+
+
+def phi_bytes(config: Config) -> float:
+    """Kept by all layers: phi's weights, once more."""
+    phi, _ = parameters_by_part(meta_model(config)).get("compression", (0, 0))
+    return phi * dtype_of(config.trainer.dtype).itemsize
+
+
+def experts_bytes(config: Config) -> float:
+    """Kept by a mixture of experts, of a token."""
+    m, e, width = config.model, config.moe, dtype_of(config.trainer.dtype).itemsize
+    rows = e.top_k * (2 * m.width + 3 * e.expert_width) * width
+    return routing_bytes(config) + rows + e.top_k * (FP32 + 3 * INT64) + 3 * e.shared * e.expert_width * width
+
+
+def routing_bytes(config: Config) -> float:
+    """Kept by a router, of a token: its input, once more in fp32, and scores. Never recomputed."""
+    m, width = config.model, dtype_of(config.trainer.dtype).itemsize
+    return m.width * (width + (FP32 if width < FP32 else 0)) + 5 * config.moe.experts * FP32
+
+
+def dense_bytes(config: Config) -> float:
+    """Kept by a dense MLP, of a token."""
+    m, e, width = config.model, config.moe, dtype_of(config.trainer.dtype).itemsize
+    return (m.width + 3 * (e.top_k + e.shared) * e.expert_width) * width
+
+
+def kept(config: Config, tokens: int) -> dict[str, float]:
+    m, width = config.model, dtype_of(config.trainer.dtype).itemsize
+    sparse = m.layers - m.dense_layers
+    residual = (m.width * width + FP32) * tokens  # what a norm keeps: its input, and a number
+    again = config.trainer.activation_checkpointing
+    attention = 0.0 if again else m.layers * attention_bytes(config) * tokens + phi_bytes(config)
+    experts = routing_bytes(config) if again else experts_bytes(config)
+    dense = m.width * width if again else dense_bytes(config)
+    return {
+        "attention": attention,
+        "experts": sparse * experts * tokens,
+        "dense MLP": m.dense_layers * dense * tokens,
+        "residual stream": (2 * m.layers + 1) * residual,
+        "head": (m.width * width + FP32) * tokens,
+    }
+
+
+def passing(config: Config, tokens: int) -> dict[str, float]:
+    """What comes and goes: a chunk of logits, an expert layer's and an attention layer's backward pass."""
+    m, a, e = config.model, config.attention, config.moe
+    width, again = dtype_of(config.trainer.dtype).itemsize, config.trainer.activation_checkpointing
+    logits = min(config.trainer.loss_chunk_tokens, tokens) * m.vocab * LOGIT_BYTES
+    experts = tokens * e.top_k * (2 * m.width + 2 * e.expert_width) * width
+    attention = tokens * (2 * m.heads * m.key_dim + m.heads * m.value_dim) * width
+    if "cmp" in a.branches:
+        chunks = -(-tokens // query_chunk(tokens))
+        sums = chunks * tokens // a.cmp_stride * m.kv_heads * (m.key_dim + m.value_dim) * FP32
+        lists = 2 * tokens * m.kv_heads * a.slc_count * FP32
+        attention += max(sums, SCRATCH_BYTES, lists)
+    if again:  # the part that is computed once more lies there in whole
+        experts, attention = experts + tokens * experts_bytes(config), attention + tokens * attention_bytes(config)
+    return {"logits": logits, "experts backward": experts, "attention backward": attention}

@@ -1,0 +1,73 @@
+"""The plan's activations against what autograd keeps when the model runs on its kernels, in Triton's interpreter."""
+
+import pytest
+import torch
+
+from nsa_train.config.load import load_config
+from nsa_train.model import layers
+from nsa_train.model.transformer import Transformer
+from nsa_train.ops import experts
+from nsa_train.ops.rope import _Rotate
+from nsa_train.packing import Packing
+from nsa_train.plan.memory import kept, memory
+
+SIZES = [
+    "trainer.dtype=fp32", "model.layers=3", "model.width=64", "model.heads=4", "model.kv_heads=1", "model.key_dim=32",
+    "model.value_dim=16", "model.vocab=400", "moe.experts=4", "moe.expert_width=64", "trainer.seq_len=96",
+    "trainer.micro_rows=1", "attention.backend=triton",
+]  # fmt: skip
+
+
+class _FusedNorm(torch.autograd.Function):
+    """Keeps what PyTorch's kernel for GPUs keeps: its input and a number a row."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        return x * scale * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(experts, "_on_kernels", lambda x: True)
+    monkeypatch.setattr(layers, "rotate", _Rotate.apply)
+    monkeypatch.setattr(layers.RMSNorm, "forward", lambda self, x: _FusedNorm.apply(x, self.weight, self.eps))
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("arm", ["nsa", "nsa_shared_kv"])
+def test_what_is_kept_is_what_the_plan_says(arm, recomputed):
+    config = load_config([*SIZES, f"attention={arm}", f"trainer.activation_checkpointing={recomputed}"])
+    model = Transformer(config.model, config.attention, config.moe)
+    model.start(0)
+    model.recompute_activations(recomputed)
+    T = config.trainer.seq_len
+    tokens, packing = torch.arange(T) % config.model.vocab, Packing.from_lengths([T])
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    storages = {}
+
+    def note(x):
+        if x.untyped_storage().data_ptr() not in own:
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage()  # held, so that no address comes twice
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        model(tokens, tokens, packing, T)
+    found = sum(storage.nbytes() for storage in storages.values())
+    assert sum(kept(config, T).values()) == pytest.approx(found, rel=0.06)
+
+
+def test_longer_passes_and_fewer_ranks_need_more_and_recomputation_less():
+    def gib(ranks, *options):
+        return memory(load_config(["experiment=m", *options]), ranks).total / 2**30
+
+    assert gib(1) > gib(8) > gib(64)
+    assert gib(8, "trainer.micro_rows=2") > gib(8) + 10
+    assert gib(8, "trainer.activation_checkpointing=true") < gib(8) - 10
+    assert gib(8, "parallel=zero3") < gib(8)
