@@ -44,7 +44,17 @@ class Packing:
     def tokens(self) -> int:
         return self.positions.numel()
 
+    def members(self) -> torch.Tensor:
+        """[N, T] fp32: 1 where a token lies in a document. A product with it sums over each document's tokens."""
+        token = torch.arange(self.tokens, device=self.cu_seqlens.device)
+        begin, end = self.cu_seqlens[:-1, None], self.cu_seqlens[1:, None]
+        return ((token >= begin) & (token < end)).float()
+
     def to(self, device: torch.device | str) -> Packing:
-        return Packing(
-            self.cu_seqlens.to(device, non_blocking=True), self.positions.to(device, non_blocking=True), self.lengths
-        )
+        return Packing(to_device(self.cu_seqlens, device), to_device(self.positions, device), self.lengths)
+
+
+def to_device(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A copy there; to a GPU by way of pinned memory, so that nobody waits for what the GPU has yet to do."""
+    on_gpu = torch.device(device).type == "cuda"
+    return (x.pin_memory() if on_gpu and not x.is_cuda else x).to(device, non_blocking=on_gpu)

@@ -1,11 +1,13 @@
 """`nsa-train bench training`: tokens per second of whole training runs, by preset, arm and row length.
 
-FLOPs are counted as if every row were one document: packs of short documents need fewer.
+FLOPs are counted as if every row were one document: packs of short documents need fewer. `parts` are milliseconds of a
+step by part (`nsa_train.train.profile`), of three steps before those that are timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 from itertools import product
@@ -24,14 +26,16 @@ from nsa_train.errors import NsaTrainError
 from nsa_train.plan import training_flops
 
 PEAK_FLOPS = {"90": 989e12}  # dense bf16 of a GPU, by architecture
-LOG_EVERY = 5  # steps that a speed is a mean over; the first ones hold start-up and compilation
+LOG_EVERY = 5  # steps that a speed is a mean over
+PROFILE = ("profile=trace", "profile.skip=6", "profile.steps=3")
+PROFILED = 10  # steps after which start-up, compilation and profile are over
 
 
 def overrides_of(preset: str, arm: str, T: int, steps: int, rest: list[str]) -> list[str]:
     return [
         f"experiment={preset}", f"attention={arm}", f"trainer.seq_len={T}", f"trainer.steps={steps}",
         f"trainer.log_every={LOG_EVERY}", f"trainer.val_every={steps}", f"trainer.checkpoint_every={steps}",
-        "trainer.val_rows=1", "trainer.export=false", "logging.wandb=disabled", *rest,
+        "trainer.val_rows=1", "trainer.export=false", "logging.wandb=disabled", *PROFILE, *rest,
     ]  # fmt: skip
 
 
@@ -63,10 +67,11 @@ def one_run(preset: str, arm: str, T: int, steps: int, gpus: int, rest: list[str
     row["command_s"] = run.command_s
     if run.error:
         return {**row, "error": run.error}
-    speeds = [r["tokens_per_s"] for r in run.logged[len(run.logged) // 3 :]]
+    speeds = [r["tokens_per_s"] for r in run.logged if r["step"] > PROFILED]
+    parts = json.loads((folder / name / "profile" / "parts.json").read_text())["parts"]
     return {
         **row, **figures(speeds, config, full, gpus, PEAK_FLOPS.get(results.device_facts()["sm"] or "")),
-        "peak_gib": max(r["mem_gib"] for r in run.logged), "parts": {},
+        "peak_gib": max(r["mem_gib"] for r in run.logged), "parts": parts,
     }  # fmt: skip
 
 
@@ -76,7 +81,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--presets", nargs="+", default=["r1"])
     parser.add_argument("--arms", nargs="+", default=["nsa", "full"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192], metavar="T")
-    parser.add_argument("--steps", type=int, default=45)
+    parser.add_argument("--steps", type=int, default=45, help=f"of each run, more than {PROFILED + LOG_EVERY}")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of the JSON")
     parser.add_argument("--commit", help="source commit, where the tree is no git checkout")

@@ -25,7 +25,8 @@ from nsa_train.errors import ConfigError
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 FILLED_BY_LOADER = ("experiment", "arm")
 GROUPS = (
-    "model", "attention", "moe", "data", "optim", "schedule", "parallel", "trainer", "stages", "logging", "experiment",
+    "model", "attention", "moe", "data", "optim", "schedule", "parallel", "trainer", "stages", "logging", "profile",
+    "experiment",
 )  # fmt: skip
 
 

@@ -369,6 +369,19 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """Where the time of a step goes: a trace and a table of a few steps."""
+
+    steps: int  # to trace; 0: none
+    skip: int  # steps before them, and one more to warm the profiler up
+
+    def problems(self) -> list[str]:
+        return [
+            f"{key}={getattr(self, key)} must not be negative" for key in ("steps", "skip") if getattr(self, key) < 0
+        ]
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole tree. `experiment` and `arm` are the chosen options of their groups; the loader fills them in."""
 
@@ -387,6 +400,7 @@ class Config:
     trainer: TrainerConfig
     stages: StagesConfig
     logging: LoggingConfig
+    profile: ProfileConfig
 
     def problems(self) -> list[str]:
         found = []

@@ -20,7 +20,7 @@ from nsa_train.data.pack import PACKING_KEYS, Plan, Stretches, aligned, document
 from nsa_train.data.stages import Stage
 from nsa_train.data.store import TokenStore
 from nsa_train.errors import ConfigError, DataError
-from nsa_train.packing import Packing
+from nsa_train.packing import Packing, to_device
 
 NO_LABEL = -100
 PADDING_TOKEN = 0
@@ -61,11 +61,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(
-            self.tokens.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
+            to_device(self.tokens, device),
+            to_device(self.labels, device),
             self.packing.to(device),
-            self.sources.to(device, non_blocking=True),
-            self.places.to(device, non_blocking=True),
+            to_device(self.sources, device),
+            to_device(self.places, device),
             self.documents,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +26,26 @@ PROBED_TOKENS = 2048  # of the first document: enough for statistics, and quadra
 OP_BRANCHES = ("cmp", "slc", "win")  # of NSA's op, in the order of its gates
 
 
+class Layout(NamedTuple):
+    """What the attention of every layer knows of a batch, computed once.
+
+    segments  where the compression blocks lie; None without compression
+    blocks    [T, Hk, n] int32, chosen in advance for the ablations of `selection`; None: the op chooses
+    """
+
+    packing: Packing
+    angles: Angles
+    segments: Segments | None
+    blocks: Tensor | None
+
+
 class Attention(nn.Module):
-    """[T, M] -> [T, M], documents kept apart by `packing`."""
+    """[T, M] -> [T, M], documents kept apart by the packing."""
 
     def __init__(self, model: ModelConfig, attention: AttentionConfig) -> None:
         super().__init__()
         self.config = attention
-        self.heads, self.key_dim = model.heads, model.key_dim
+        self.heads, self.kv_heads = model.heads, model.kv_heads
         self.spec = spec_of(attention)
         self.kept_blocks: list[Tensor] | None = None  # see Transformer.keep_blocks
         self.q = nn.Linear(model.width, model.heads * model.key_dim, bias=False)
@@ -58,8 +71,16 @@ class Attention(nn.Module):
         """Eq. 5's g: [T, Hq, branches], in the order of `branches`."""
         return self.gate(x).sigmoid().unflatten(-1, (self.heads, -1))
 
-    def forward(self, x: Tensor, packing: Packing, angles: Angles, probe: Probe | None = None) -> Tensor:
+    def layout(self, packing: Packing, angles: Angles) -> Layout:
+        """Of a batch, for all layers of the model."""
+        if "cmp" not in self.config.branches:
+            return Layout(packing, angles, None, None)
+        segments = Segments(packing.cu_seqlens, packing.tokens, self.spec)
+        return Layout(packing, angles, segments, self._chosen_blocks(packing))
+
+    def forward(self, x: Tensor, layout: Layout, probe: Probe | None = None) -> Tensor:
         """x [T, M] normed layer input -> [T, M]; a probe is filled with this layer's statistics."""
+        packing, angles = layout.packing, layout.angles
         q = apply_rope(self.q(x).unflatten(-1, (self.heads, -1)), angles)
         raw = {name: project(x) for name, project in self.kv.items()}
         gates = self.gates(x) if self.config.gate else None
@@ -67,7 +88,7 @@ class Attention(nn.Module):
             probe["gates"] = dict(zip(self.config.branches, gates.float().mean((0, 1)).tolist(), strict=True))
         if len(self.config.branches) > 1:
             assert gates is not None  # a rule of the configuration
-            o = self._sparse(q, raw, gates, packing, angles, probe)
+            o = self._sparse(q, raw, gates, layout, probe)
         else:
             (branch,) = self.config.branches
             k, v = raw[kv_name(branch, self.config)]
@@ -76,15 +97,14 @@ class Attention(nn.Module):
             o = o if gates is None else o * gates
         return self.o(o.flatten(1))
 
-    def _sparse(
-        self, q: Tensor, raw: dict[str, KV], gates: Tensor, packing: Packing, angles: Angles, probe: Probe | None
-    ) -> Tensor:
+    def _sparse(self, q: Tensor, raw: dict[str, KV], gates: Tensor, layout: Layout, probe: Probe | None) -> Tensor:
         (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win) = (
-            self._keys_values(branch, raw, packing, angles) for branch in OP_BRANCHES
+            self._keys_values(branch, raw, layout) for branch in OP_BRANCHES
         )
+        packing = layout.packing
         o, details = nsa_attention(
             q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, self._op_gates(gates), self.spec, packing.cu_seqlens,
-            blocks=self._chosen_blocks(packing, k_slc.shape[1]), backend=self.config.backend, return_details=True,
+            blocks=layout.blocks, backend=self.config.backend, return_details=True,
         )  # fmt: skip
         if self.kept_blocks is not None:
             self.kept_blocks.append(details.blocks)
@@ -93,10 +113,10 @@ class Attention(nn.Module):
             probe["selection"] = selection_statistics(q[one], k_slc[one], v_slc[one], details.blocks[one], self.spec)
         return o
 
-    def _keys_values(self, branch: str, raw: dict[str, KV], packing: Packing, angles: Angles) -> KV:
+    def _keys_values(self, branch: str, raw: dict[str, KV], layout: Layout) -> KV:
         """What a branch of the op attends to; where this arm has no `slc` or `win`, anything: its gate is 0."""
         k, v = raw[kv_name(branch if branch in self.config.branches else "cmp", self.config)]
-        return self._compressed(k, v, packing, angles) if branch == "cmp" else (apply_rope(k, angles), v)
+        return self._compressed(k, v, layout) if branch == "cmp" else (apply_rope(k, layout.angles), v)
 
     def _op_gates(self, gates: Tensor) -> Tensor:
         """[T, Hq, branches] -> [T, Hq, 3]; the gate of a branch that this arm does not have is 0."""
@@ -106,14 +126,15 @@ class Attention(nn.Module):
         none = gates.new_zeros(gates.shape[:-1])
         return torch.stack([own.get(branch, none) for branch in OP_BRANCHES], -1)
 
-    def _compressed(self, k: Tensor, v: Tensor, packing: Packing, angles: Angles) -> tuple[Tensor, Tensor]:
+    def _compressed(self, k: Tensor, v: Tensor, layout: Layout) -> KV:
         """Keys and values of all compression blocks; a key is rotated to its block's first position (eq. 7)."""
-        segments = Segments(packing.cu_seqlens, packing.tokens, self.spec)
+        segments, (cos, sin) = layout.segments, layout.angles
+        assert segments is not None
         first = segments.first_token
-        k_cmp = apply_rope(self.phi_k(k, segments), (angles[0][first], angles[1][first]))
+        k_cmp = apply_rope(self.phi_k(k, segments), (cos[first], sin[first]))
         return k_cmp, self.phi_v(v, segments)
 
-    def _chosen_blocks(self, packing: Packing, Hk: int) -> Tensor | None:
+    def _chosen_blocks(self, packing: Packing) -> Tensor | None:
         """Blocks fixed in advance for the ablations of `selection`; None: the op picks the best (topn).
 
         Without the branch that reads them, only the forced ones, so that none are scored.
@@ -125,7 +146,7 @@ class Attention(nn.Module):
         forced = spec.slc_init + spec.slc_local
         parts = []
         for length in packing.lengths:
-            scores = reference.random_scores(length, Hk, spec, device)
+            scores = reference.random_scores(length, self.kv_heads, spec, device)
             if selection == "random":
                 parts.append(reference.select_blocks(scores, spec))
             else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,8 +33,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(moe.experts, width))
         self.register_buffer("bias", torch.zeros(moe.experts, dtype=torch.float32))
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Routing:
-        """x [T, M]; `lengths` of the documents, so that packed documents are balanced as separate ones would be."""
+    def forward(self, x: Tensor, members: Tensor) -> Routing:
+        """x [T, M]; members [N, T] of `Packing`, so that packed documents are balanced as separate ones would be."""
         moe = self.config
         scores = SCORES[moe.router](F.linear(x.float(), self.weight.float()))  # [T, E]
         experts = (scores + self.bias).topk(moe.top_k, dim=-1).indices
@@ -43,16 +42,15 @@ class Router(nn.Module):
         if moe.normalise:
             weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
         chosen = torch.zeros_like(scores).scatter_(-1, experts, 1.0)  # [T, E]
-        return Routing(experts, weights * moe.routed_scale, chosen.sum(0), self._balance(scores, chosen, lengths))
+        return Routing(experts, weights * moe.routed_scale, chosen.sum(0), self._balance(scores, chosen, members))
 
-    def _balance(self, scores: Tensor, chosen: Tensor, lengths: Sequence[int]) -> Tensor:
+    def _balance(self, scores: Tensor, chosen: Tensor, members: Tensor) -> Tensor:
         """Sequence-wise balance loss (arXiv 2412.19437, eq. 17-20) of each document, times its tokens, summed."""
         E, K = self.config.experts, self.config.top_k
         share = scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)
-        total = scores.new_zeros(())
-        for f, p in zip(chosen.split(lengths), share.split(lengths), strict=True):
-            total = total + (f.mean(0) * (E / K) * p.mean(0)).sum() * len(f)
-        return total
+        members = members.to(scores.dtype)
+        f, p = members @ chosen, members @ share  # [N, E], sums over the tokens of a document
+        return (E / K) * ((f * p).sum(-1) / members.sum(-1).clamp(min=1)).sum()
 
 
 @torch.no_grad()

@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from nsa_train.config.schema import AttentionConfig, ModelConfig, MoEConfig
-from nsa_train.model.attention import Attention, Probe
+from nsa_train.model.attention import Attention, Layout, Probe
 from nsa_train.model.layers import RMSNorm, SwiGLU, normal_, rope_angles
 from nsa_train.model.moe import MoE
-from nsa_train.model.router import Router, update_bias
+from nsa_train.model.router import Router, Routing, update_bias
 from nsa_train.ops.loss import chunked_token_losses
 from nsa_train.packing import Packing
 
@@ -29,7 +30,10 @@ class Output(NamedTuple):
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the MLP is dense or a mixture of experts."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); the MLP is dense or a mixture of experts.
+
+    The names under which a profile counts the time stand here, in `Transformer` and in the engine.
+    """
 
     def __init__(self, model: ModelConfig, attention: AttentionConfig, moe: MoEConfig, dense: bool) -> None:
         super().__init__()
@@ -40,18 +44,31 @@ class Layer(nn.Module):
         self.recompute = False
 
     def forward(
-        self, x: Tensor, packing: Packing, angles: tuple[Tensor, Tensor], probe: Probe | None
+        self, x: Tensor, layout: Layout, members: Tensor, probe: Probe | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """[T, M] -> [T, M], and the balance loss and load of a mixture of experts."""
-        x = x + self._maybe_again(self._attend, x, packing, angles, probe)
-        h = self.mlp_norm(x)
+        x = x + self._maybe_again(self._attend, x, layout, probe)
+        with record_function("norms"):
+            h = self.mlp_norm(x)
         if isinstance(self.mlp, SwiGLU):
-            return x + self._maybe_again(self.mlp, h), None, None
-        routing = self.mlp.router(h, packing.lengths)
-        return x + self._maybe_again(self.mlp, h, routing), routing.balance, routing.load
+            return x + self._maybe_again(self._dense, h), None, None
+        with record_function("router"):
+            routing = self.mlp.router(h, members)
+        return x + self._maybe_again(self._experts, h, routing), routing.balance, routing.load
 
     def _attend(self, x: Tensor, *rest: Any) -> Tensor:
-        return self.attention(self.attention_norm(x), *rest)
+        with record_function("norms"):
+            h = self.attention_norm(x)
+        with record_function("attention"):
+            return self.attention(h, *rest)
+
+    def _dense(self, x: Tensor) -> Tensor:
+        with record_function("dense MLP"):
+            return self.mlp(x)
+
+    def _experts(self, x: Tensor, routing: Routing) -> Tensor:
+        with record_function("experts"):
+            return self.mlp(x, routing)
 
     def _maybe_again(self, part: Any, *inputs: Any) -> Tensor:
         """Activation checkpointing; non-reentrant is the only kind that ZeRO takes."""
@@ -106,21 +123,25 @@ class Transformer(nn.Module):
         self, tokens: Tensor, packing: Packing, probes: list[Probe] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Final normed states [T, M], the balance loss, and the load [MoE layers, E]."""
-        x = self.embed(tokens)
+        with record_function("embedding"):
+            x = self.embed(tokens)
         config = self.config
         angles = rope_angles(
             packing.positions, config.key_dim, config.rope_theta, self.rope_factor, config.rope_trained_len
         )
+        layout, members = self.layers[0].attention.layout(packing, angles), packing.members()  # type: ignore[operator, union-attr]
         balance, loads = x.new_zeros((), dtype=torch.float32), []
         for layer in self.layers:
             if probes is not None:
                 probes.append({})
-            x, layer_balance, load = layer(x, packing, angles, probes[-1] if probes is not None else None)
+            x, layer_balance, load = layer(x, layout, members, probes[-1] if probes is not None else None)
             if load is not None:
                 balance = balance + layer_balance
                 loads.append(load)
         load = torch.stack(loads) if loads else x.new_zeros(0, self.moe.experts, dtype=torch.float32)
-        return self.norm(x), balance, load.detach()
+        with record_function("norms"):
+            x = self.norm(x)
+        return x, balance, load.detach()
 
     def logits(self, tokens: Tensor, packing: Packing) -> Tensor:
         """[T] -> [T, V], dtype of the weights. For evaluation and export; training never holds all logits."""
@@ -131,7 +152,9 @@ class Transformer(nn.Module):
     ) -> Output:
         """tokens, labels [T] int64 (label -100: none). A list given as `probes` receives each layer's statistics."""
         x, balance, load = self.hidden(tokens, packing, probes)
-        return Output(chunked_token_losses(x, self.head.weight, labels, chunk_tokens), balance, load)
+        with record_function("head"):
+            losses = chunked_token_losses(x, self.head.weight, labels, chunk_tokens)
+        return Output(losses, balance, load)
 
     def routers(self) -> list[Router]:
         return [layer.mlp.router for layer in self.layers if isinstance(layer.mlp, MoE)]  # type: ignore[misc, union-attr]

@@ -1,8 +1,9 @@
 """Routed experts without dropping: sort token copies by expert, multiply groups, put them back.
 
-    T tokens    M width    E experts    K experts per token    F expert width
+    T  tokens    M  width    E  experts    K  experts per token    R = T * K  rows    F  expert width
 
-Both moves of rows are permutations, so their backward passes are gathers: no atomics, the same bits every time.
+Both moves of rows are permutations, so their backward passes are gathers: no atomics, the same bits every time. On a
+GPU what is no matrix product runs on the kernels of `experts_triton`; the forms in PyTorch stand here.
 """
 
 from __future__ import annotations
@@ -11,38 +12,77 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nsa_train.ops import experts_triton
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _on_kernels(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in KERNEL_DTYPES
+
+
+def sum_rows(rows: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
+    """out[t] = sum over k of weights[t, k] rows[places[t, k]]: [R, M], [T, K], [T, K] -> [T, M]; None: weights of 1."""
+    if _on_kernels(rows):
+        return experts_triton.sum_rows(rows, places, weights)
+    parts = rows[places]
+    return (parts if weights is None else parts * weights[..., None].to(rows.dtype)).sum(1)
+
+
+def sum_rows_backward(grad: Tensor, rows: Tensor, order: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of rows [R, M] and weights [T, K], from that of the sum [T, M]; order: `places` turned around, [R]."""
+    if _on_kernels(rows):
+        return experts_triton.sum_rows_backward(grad.contiguous(), rows, order, weights)
+    of_rows = grad[order // weights.shape[1]]
+    d_weights = torch.empty_like(weights)
+    d_weights.view(-1)[order] = (of_rows * rows).sum(-1).to(weights.dtype)
+    return of_rows * weights.flatten()[order, None].to(rows.dtype), d_weights
+
 
 class _Dispatch(torch.autograd.Function):
-    """[T, M] -> [T * K, M], row r is token order[r] // K."""
+    """[T, M] -> [R, M], row r is token order[r] // K."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, K: int) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(order)
-        ctx.K = K
-        return x[order // K]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        (order,) = ctx.saved_tensors
-        back = torch.empty_like(grad)
-        back[order] = grad
-        return back.view(-1, ctx.K, grad.shape[-1]).sum(1), None, None
-
-
-class _Restore(torch.autograd.Function):
-    """[T * K, M] sorted by expert -> the same rows in the order of (token, choice)."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, order: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(order)
-        back = torch.empty_like(rows)
-        back[order] = rows
-        return back
+    def forward(ctx, x: Tensor, order: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(places)
+        return x[order // places.shape[1]]
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        (order,) = ctx.saved_tensors
-        return grad[order], None
+        return sum_rows(grad.contiguous(), ctx.saved_tensors[0], None), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """`sum_rows`: the rows of all experts back to their tokens, weighted."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weights: Tensor, order: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(rows, weights, order)
+        return sum_rows(rows, places, weights)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        rows, weights, order = ctx.saved_tensors
+        return *sum_rows_backward(grad, rows, order, weights), None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(gate_up)
+        return experts_triton.swiglu(gate_up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return experts_triton.swiglu_backward(ctx.saved_tensors[0], grad.contiguous())
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up: [R, 2 F] -> [R, F]."""
+    if _on_kernels(gate_up):
+        return _SwiGLU.apply(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def matmul_loop(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
@@ -68,12 +108,12 @@ def routed_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor,
     down     [E, F, M]
     gives    [T, M]        dtype of x
     """
-    T, K = experts.shape
     chosen, order = experts.flatten().sort(stable=True)
     every = torch.arange(gate_up.shape[0], device=x.device)
     ends = torch.searchsorted(chosen, every, right=True).to(torch.int32)  # like a count, without atomics or a sync
-    rows = _Dispatch.apply(x, order, K)
-    gate, up = grouped_matmul(rows, gate_up, ends).chunk(2, dim=-1)
-    rows = grouped_matmul(F.silu(gate) * up, down, ends)
-    by_choice = _Restore.apply(rows, order).view(T, K, -1)
-    return (by_choice * weights[..., None].to(x.dtype)).sum(1)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=x.device)  # where the row of (token, choice) went
+    places = places.view_as(experts)
+    rows = _Dispatch.apply(x, order, places)
+    rows = grouped_matmul(swiglu(grouped_matmul(rows, gate_up, ends)), down, ends)
+    return _Combine.apply(rows, weights, order, places)

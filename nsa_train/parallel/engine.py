@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from nsa_train import runtime
 from nsa_train.config import schema
@@ -145,7 +146,8 @@ class Engine:
     def backward(self, loss_share: Tensor) -> None:
         """`loss_share` summed over micro-batches and ranks is the step's loss; DeepSpeed's means are undone here."""
         self._engine.backward(loss_share * (self.accumulation * dist.get_world_size()))
-        self._engine.step()  # acts on the last micro-batch of the step
+        with record_function("optimizer"):
+            self._engine.step()  # acts on the last micro-batch of the step
 
     @property
     def skipped(self) -> bool:

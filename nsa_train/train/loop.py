@@ -39,6 +39,7 @@ from nsa_train.train.guards import BadSteps, StopSignals
 from nsa_train.train.heldout import HELDOUT, document_losses
 from nsa_train.train.metrics import Clock, Metrics, plot_losses
 from nsa_train.train.optim import build_optimizer, lr_at
+from nsa_train.train.profile import StepProfiler
 
 ARM_ONLY = (".kv.cmp.", ".kv.win.", ".phi_k.", ".phi_v.", ".attention.gate.")
 
@@ -179,11 +180,12 @@ class _Run:
     def _steps(self) -> Iterator[dict[str, Any]]:
         """Take the remaining steps; yields each step's figures, equal on all ranks."""
         trainer = self.config.trainer
+        profiler = on_main(self._profiler)
         if self.progress.step == 0:
             self._validate()
         self.clock.reset()
         for step in range(self.progress.step, trainer.steps):
-            lr = lr_at(step, trainer.steps, self.config.optim.lr, self.config.schedule)
+            lr, waited = lr_at(step, trainer.steps, self.config.optim.lr, self.config.schedule), self.clock.waited
             self.engine.set_lr(lr)
             stage = self._enter(step)
             labels = self.loaders["train"].label_tokens(step)
@@ -207,6 +209,8 @@ class _Run:
             if not bad:
                 self.model.balance_experts(load)
             self.progress.step = step + 1
+            if profiler and self.metrics and (table := profiler.step(self.clock.waited - waited)):
+                self.metrics.say(table)
             yield {
                 "step": step + 1, "tokens": (step + 1) * tokens, "loss": None if bad else mean_loss, "lr": lr,
                 "grad_norm": None if bad else self.engine.gradient_norm, "skipped": bad, "stop": must_stop > 0,
@@ -233,6 +237,10 @@ class _Run:
             raise Interrupted(f"stopped after step {step}, checkpoint written; the same command goes on from there")
 
     # What a step needs ------------------------------------------------------------------------------------------------
+
+    def _profiler(self) -> StepProfiler | None:
+        profile = self.config.profile
+        return StepProfiler(profile, self.folder.path / "profile", self.device) if profile.steps else None
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Batches on the device; the time spent here is the loop's wait for data."""

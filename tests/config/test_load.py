@@ -18,7 +18,7 @@ BESIDE = {
 SECTIONS = {f.name: f for f in dataclasses.fields(schema.Config) if f.name in GROUPS and f.name != "experiment"}
 COMPLETE = {
     "model": "tiny", "attention": "nsa", "moe": "tiny", "data": "stdlib", "optim": "adamw", "schedule": "cosine",
-    "parallel": "zero2", "trainer": "default", "stages": "single", "logging": "default",
+    "parallel": "zero2", "trainer": "default", "stages": "single", "logging": "default", "profile": "none",
 }  # fmt: skip
 
 

@@ -23,15 +23,15 @@ def layer(attention):
     return grow(made)
 
 
-def inputs(packing=PACKING, seed=0):
+def inputs(attention, packing=PACKING, seed=0):
     x = torch.randn(packing.tokens, MODEL.width, generator=torch.Generator().manual_seed(seed))
-    return x, packing, rope_angles(packing.positions, MODEL.key_dim, MODEL.rope_theta)
+    return x, attention.layout(packing, rope_angles(packing.positions, MODEL.key_dim, MODEL.rope_theta))
 
 
 @pytest.mark.parametrize("selection", ["random", "none"])
 def test_ablations_read_legal_blocks(selection):
     spec_n, Hk = NSA.slc_count, 2
-    blocks = Attention(MODEL, nsa(selection=selection))._chosen_blocks(PACKING, Hk)
+    blocks = Attention(MODEL, nsa(selection=selection))._chosen_blocks(PACKING)
     assert blocks.shape == (PACKING.tokens, Hk, spec_n)
     assert blocks.dtype == torch.int32
     for t, position in enumerate(PACKING.positions.tolist()):
@@ -48,8 +48,8 @@ def test_ablations_read_legal_blocks(selection):
 def test_random_blocks_differ_between_queries_and_heads_but_not_between_calls():
     attention = Attention(MODEL, nsa(selection="random"))
     packing = Packing.from_lengths([200])
-    blocks = attention._chosen_blocks(packing, 2)
-    assert torch.equal(blocks, attention._chosen_blocks(packing, 2))
+    blocks = attention._chosen_blocks(packing)
+    assert torch.equal(blocks, attention._chosen_blocks(packing))
     late = blocks[100:]
     assert (late[:, 0] != late[:, 1]).any(-1).float().mean() > 0.5
     assert (late[1:] != late[:-1]).any(-1).float().mean() > 0.5
@@ -58,18 +58,19 @@ def test_random_blocks_differ_between_queries_and_heads_but_not_between_calls():
 
 
 def test_topn_lets_the_op_choose():
-    assert Attention(MODEL, NSA)._chosen_blocks(PACKING, 2) is None
+    assert Attention(MODEL, NSA)._chosen_blocks(PACKING) is None
 
 
 def test_full_attention_is_rotated_attention_of_each_document():
     attention = layer(FULL)
-    x, packing, angles = inputs()
+    x, layout = inputs(attention)
+    packing, angles = layout.packing, layout.angles
     q = apply_rope(attention.q(x).unflatten(-1, (4, 8)), angles)
     k, v = attention.kv["token"](x)
     k = apply_rope(k, angles)
     parts = [sdpa(*(y[a:b] for y in (q, k, v))) for a, b in packing.cu_seqlens.unfold(0, 2, 1).tolist()]
     want = attention.o(torch.cat(parts).flatten(1))
-    assert_close("attention", attention(x, packing, angles), want, rms=1e-5)
+    assert_close("attention", attention(x, layout), want, rms=1e-5)
 
 
 def test_rope_turns_pairs_by_position_and_restarts_with_each_document():
@@ -93,9 +94,9 @@ def test_scores_of_two_rotated_tokens_depend_on_their_distance_only():
 
 def test_a_compressed_key_is_rotated_to_its_blocks_first_position():
     attention = layer(nsa(phi="mean"))
-    x, packing, angles = inputs()
+    x, layout = inputs(attention)
     k, v = attention.kv["cmp"](x)
-    k_cmp, v_cmp = attention._compressed(k, v, packing, angles)
+    k_cmp, v_cmp = attention._compressed(k, v, layout)
     row, first = 0, 0
     for length in LENGTHS:
         for start in range(0, length - 3, 2):
@@ -119,7 +120,7 @@ def test_gates_start_at_one_half(arm):
 
 def test_each_branch_reads_its_own_projection():
     attention = layer(NSA)
-    case = inputs()
+    case = inputs(attention)
     before = attention(*case)
     for name in ("token", "cmp", "win"):
         for part in ("k", "v"):
@@ -153,11 +154,11 @@ def test_an_arm_without_a_branch_is_nsa_with_that_gate_closed(arm, missing, back
     with torch.no_grad():
         whole.gate.weight.view(MODEL.heads, branches, -1)[:, missing] = 0
         whole.gate.bias.view(MODEL.heads, branches)[:, missing] = -200  # whose sigmoid is 0
-    x, packing, angles = inputs()
     outputs = []
     for one in (ablated, whole):
+        x, layout = inputs(one)
         own = x.clone().requires_grad_()
-        outputs.append((one(own, packing, angles), own))
+        outputs.append((one(own, layout), own))
         outputs[-1][0].square().sum().backward()
     (got, got_x), (want, want_x) = outputs
     assert_close("o", got, want, rms=1e-5)
@@ -169,8 +170,8 @@ def test_an_arm_without_a_branch_is_nsa_with_that_gate_closed(arm, missing, back
 
 
 def test_without_selected_blocks_no_block_is_scored():
-    blocks = Attention(MODEL, ARMS["nsa-no_slc"])._chosen_blocks(PACKING, 2)
-    assert torch.equal(blocks, Attention(MODEL, nsa(selection="none"))._chosen_blocks(PACKING, 2))
+    blocks = Attention(MODEL, ARMS["nsa-no_slc"])._chosen_blocks(PACKING)
+    assert torch.equal(blocks, Attention(MODEL, nsa(selection="none"))._chosen_blocks(PACKING))
 
 
 def test_a_large_window_and_all_blocks_make_nsas_branches_full_attention():
@@ -184,12 +185,12 @@ def test_a_large_window_and_all_blocks_make_nsas_branches_full_attention():
             sparse.kv[name].load_state_dict(dense.kv["token"].state_dict())
         sparse.gate.weight.zero_()
         sparse.gate.bias.copy_(torch.tensor([-200.0, 200.0, 200.0]).repeat(MODEL.heads))
-    assert_close("o", sparse(*inputs()), 2 * dense(*inputs()), rms=1e-5)
+    assert_close("o", sparse(*inputs(sparse)), 2 * dense(*inputs(dense)), rms=1e-5)
 
 
 def test_a_probe_reports_gates_and_selection():
     attention, probe = layer(NSA), {}
-    case = inputs()
+    case = inputs(attention)
     with torch.no_grad():
         attention(*case, probe)
     assert set(probe["gates"]) == {"cmp", "slc", "win"}
@@ -203,5 +204,5 @@ def test_the_arms_wire_the_window():
     narrow, wide = (layer(nsa(branches=("win",), gate=False, window=w)) for w in (NSA.window, 100))
     full = layer(FULL)
     full.load_state_dict({k.replace("kv.win", "kv.token"): x for k, x in wide.state_dict().items()})
-    assert_close("window", wide(*inputs()), full(*inputs()), rms=1e-6)
-    assert (narrow(*inputs()) - wide(*inputs())).abs().max() > 1e-3
+    assert_close("window", wide(*inputs(wide)), full(*inputs(full)), rms=1e-6)
+    assert (narrow(*inputs(narrow)) - wide(*inputs(wide))).abs().max() > 1e-3

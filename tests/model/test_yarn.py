@@ -65,10 +65,10 @@ def test_yarn_sharpens_the_scores_of_every_branch(branches):
     sharper = 0.1 * math.log(FACTOR) + 1
     layer = Attention(MODEL, arm)
     with torch.no_grad():
-        found = layer(x, packing, (ones * sharper, 0 * ones))
+        found = layer(x, layer.layout(packing, (ones * sharper, 0 * ones)))
         for projection in [layer.q, *(kv.k for kv in layer.kv.values())]:
             projection.weight *= sharper
-        assert_close("output", found, layer(x, packing, (ones, 0 * ones)), rms=1e-5)
+        assert_close("output", found, layer(x, layer.layout(packing, (ones, 0 * ones))), rms=1e-5)
 
 
 def test_a_stages_factor_reaches_the_model():

@@ -1,0 +1,153 @@
+"""Routed experts beside their matrix products, in Triton: SwiGLU, a token's sum over its experts, and the gradients.
+
+Each is one pass over its rows, in float32 inside; PyTorch's own operations would write and read every row several
+times. The plain forms stand in `ops/experts.py`. No atomics: the same bits every time.
+
+    T  tokens    K  experts of a token    R = T * K  rows, sorted by expert    M  width    F  expert width
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_train.ops.tiles import power_of_two
+
+ELEMENTS = 2048  # of a program's tile: 16 a thread
+WIDEST = 1024  # columns in it, at most
+NARROWEST = 64  # columns in it where they divide the width, so that none is masked
+WARPS = 4
+
+
+@triton.jit
+def _swiglu_fwd(
+    gate_up,  # [R, 2 F]
+    out,  # [R, F]
+    R, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = (row < R) & (column < F)
+    gate = tl.load(gate_up + row * (2 * F) + column, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * (2 * F) + F + column, mask=mask, other=0.0).to(tl.float32)
+    y = gate * tl.sigmoid(gate) * up
+    tl.store(out + row * F + column, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _swiglu_bwd(
+    gate_up,  # [R, 2 F]
+    grad,  # [R, F]
+    out,  # [R, 2 F]
+    R, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = (row < R) & (column < F)
+    gate = tl.load(gate_up + row * (2 * F) + column, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * (2 * F) + F + column, mask=mask, other=0.0).to(tl.float32)
+    d = tl.load(grad + row * F + column, mask=mask, other=0.0).to(tl.float32)
+    s = tl.sigmoid(gate)
+    d_gate = d * up * s * (1.0 + gate * (1.0 - s))
+    tl.store(out + row * (2 * F) + column, d_gate.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + row * (2 * F) + F + column, (d * gate * s).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_rows(
+    rows,  # [R, M]
+    places,  # [T, K]  int64
+    weights,  # [T, K]  fp32, or None
+    out,  # [T, M]
+    T, M, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    there = token < T
+    mask = there[:, None] & (column < M)
+    total = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    for k in tl.static_range(K):
+        place = tl.load(places + token * K + k, mask=there, other=0)
+        x = tl.load(rows + place[:, None] * M + column, mask=mask, other=0.0).to(tl.float32)
+        if weights is not None:
+            x *= tl.load(weights + token * K + k, mask=there, other=0.0)[:, None]
+        total += x
+    tl.store(out + token.to(tl.int64)[:, None] * M + column, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_rows_bwd(
+    grad,  # [T, M]
+    rows,  # [R, M]
+    order,  # [R]  int64
+    weights,  # [T, K]  fp32
+    d_rows,  # [R, M]
+    d_weights,  # [T, K]  fp32
+    R, M, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = row < R
+    choice = tl.load(order + row, mask=there, other=0)
+    weight = tl.load(weights + choice, mask=there, other=0.0)[:, None]
+    row = row.to(tl.int64)[:, None]
+    product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, M, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)[None, :]
+        mask = there[:, None] & (column < M)
+        d = tl.load(grad + (choice // K)[:, None] * M + column, mask=mask, other=0.0).to(tl.float32)
+        product += d * tl.load(rows + row * M + column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(d_rows + row * M + column, (d * weight).to(d_rows.dtype.element_ty), mask=mask)
+    tl.store(d_weights + choice, tl.sum(product, 1), mask=there)
+
+
+def _tile(width: int) -> tuple[int, int]:
+    """Rows and columns of a program's tile."""
+    columns = math.gcd(width, WIDEST)
+    if columns < NARROWEST:
+        columns = min(WIDEST, power_of_two(width, 16))
+    return ELEMENTS // columns, columns
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up: [R, 2 F] -> [R, F]."""
+    R, F = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(R, F)
+    rows, columns = _tile(F)
+    grid = triton.cdiv(R, rows), triton.cdiv(F, columns)
+    _swiglu_fwd[grid](gate_up, out, R, F, ROWS=rows, COLUMNS=columns, num_warps=WARPS)
+    return out
+
+
+def swiglu_backward(gate_up: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of gate_up [R, 2 F], from that of the result [R, F]."""
+    R, F = grad.shape
+    out = torch.empty_like(gate_up)
+    rows, columns = _tile(F)
+    grid = triton.cdiv(R, rows), triton.cdiv(F, columns)
+    _swiglu_bwd[grid](gate_up, grad, out, R, F, ROWS=rows, COLUMNS=columns, num_warps=WARPS)
+    return out
+
+
+def sum_rows(rows: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
+    """out[t] = sum over k of weights[t, k] rows[places[t, k]]: [R, M], [T, K], [T, K] -> [T, M]; None: weights of 1."""
+    (T, K), M = places.shape, rows.shape[1]
+    out = rows.new_empty(T, M)
+    tokens, columns = _tile(M)
+    grid = triton.cdiv(T, tokens), triton.cdiv(M, columns)
+    _sum_rows[grid](rows, places, weights, out, T, M, K=K, TOKENS=tokens, COLUMNS=columns, num_warps=WARPS)
+    return out
+
+
+def sum_rows_backward(grad: Tensor, rows: Tensor, order: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of rows [R, M] and weights [T, K], from that of the sum [T, M]; order: `places` turned around, [R]."""
+    (R, M), K = rows.shape, weights.shape[1]
+    d_rows, d_weights = torch.empty_like(rows), torch.empty_like(weights)
+    many, columns = _tile(M)
+    _sum_rows_bwd[(triton.cdiv(R, many),)](
+        grad, rows, order, weights, d_rows, d_weights, R, M, K=K, ROWS=many, COLUMNS=columns, num_warps=WARPS
+    )
+    return d_rows, d_weights

@@ -1,0 +1,47 @@
+"""The kernels of routed experts compile for Hopper without spills and with loads as wide as they can be."""
+
+import json
+
+import pytest
+import torch
+from compiled import record, reports
+
+from nsa_train.ops import experts_triton
+
+WIDTHS = [(384, 192), (1536, 768), (2560, 1536)]  # of the model, of an expert: r1, m, paper_27b
+T, K = 4096, 6
+
+
+def launches(M, F, dtype=torch.bfloat16):
+    gate_up, h, rows, grad = (
+        torch.empty(size, dtype=dtype, device="meta") for size in ((T * K, 2 * F), (T * K, F), (T * K, M), (T, M))
+    )
+    order, places = (torch.empty(size, dtype=torch.int64, device="meta") for size in (T * K, (T, K)))
+    weights = torch.empty(T, K, device="meta")
+    experts_triton.swiglu(gate_up)
+    experts_triton.swiglu_backward(gate_up, h)
+    experts_triton.sum_rows(rows, places, weights)
+    experts_triton.sum_rows(rows, places, None)
+    experts_triton.sum_rows_backward(grad, rows, order, weights)
+
+
+@pytest.fixture(scope="module")
+def figures():
+    return reports(__file__)
+
+
+def test_no_kernel_spills(figures):
+    assert len(figures) == 5 * len(WIDTHS)
+    assert [f for f in figures if f["spills"]] == []
+
+
+def test_a_thread_has_room_for_others_beside_it(figures):
+    """At most 64 registers a thread: half of a multiprocessor's threads and more are resident, as memory needs it."""
+    assert [f for f in figures if f["registers"] > 64] == []
+
+
+if __name__ == "__main__":
+    found = []
+    for M, F in WIDTHS:
+        found += [f | {"widths": (M, F)} for f in record(lambda M=M, F=F: launches(M, F))]
+    print(json.dumps(found))
