@@ -34,6 +34,7 @@ def markdown(result: dict[str, Any], figure: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+SHARES_PAST = (0.5, 0.3)  # of the tokens, past n l' and past twice that
 KINDS = ("comparison", "level", "gate", "arm", "run", "eval", "difference", "secondary")
 ABOUT_DIFFERENCES = (
     "Mean over seeds, standard error (that of the documents in brackets) and two-sided 95% interval; negative: the "
@@ -54,9 +55,7 @@ def _table(columns: Sequence[str], lines: Iterable[Sequence[object]]) -> list[st
 def _setting(head: Row, result: Row) -> list[str]:
     corpus = head["corpus"]
     past = ", ".join(f"{share:.0%} past {at}" for at, share in corpus["share_past"].items())
-    past += (
-        "" if _long_enough(corpus["share_past"]) else " (TOO FEW: at least 50% past 1024 and 30% past 2048 are wanted)"
-    )
+    past += "" if _long_enough(corpus["share_past"]) else " (TOO FEW: at least 50% and 30% are wanted)"
     epochs = ", ".join(f"{value:.2f} of {name}" for name, value in corpus["epochs"].items())
     labels, documents = head["heldout_labels"], head["heldout_documents"]
     return [
@@ -123,8 +122,8 @@ def _secondary(rows: list[Row]) -> Iterator[str]:
 
 
 def _long_enough(share_past: dict[str, float]) -> bool:
-    """Whether documents are long enough to tell NSA from full attention: up to n l' = 1024 tokens they are the same."""
-    return share_past["1024"] >= 0.5 and share_past["2048"] >= 0.3
+    """Whether documents are long enough to tell NSA from full attention: up to n l' tokens its selection is no choice."""
+    return all(share >= wanted for share, wanted in zip(share_past.values(), SHARES_PAST, strict=True))
 
 
 def _arms(arms: list[Row]) -> Iterator[str]:
