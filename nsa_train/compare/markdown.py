@@ -122,7 +122,7 @@ def _secondary(rows: list[Row]) -> Iterator[str]:
 
 
 def _long_enough(share_past: dict[str, float]) -> bool:
-    """Whether documents are long enough to tell NSA from full attention: up to n l' tokens its selection is no choice."""
+    """Whether documents are long enough: up to n l' tokens NSA selects everything, and is full attention."""
     return all(share >= wanted for share, wanted in zip(share_past.values(), SHARES_PAST, strict=True))
 
 
