@@ -44,6 +44,11 @@ ABOUT_CUTS = (
     "By position in the document as the model sees it, by source, and, for tokens whose four predecessors stood "
     "together before in the document, by the distance back to where they did so last; `+` is all that lies further."
 )
+ABOUT_EVALUATIONS = (
+    "Answers that are right in every token, where the facts lie in neither a forced block nor the window; in brackets "
+    "nats per token of the answers, and the share of the facts that the chosen blocks held. `heldout` is held-out loss "
+    "in rows of that length. Means over seeds."
+)
 
 
 def _table(columns: Sequence[str], lines: Iterable[Sequence[object]]) -> list[str]:
@@ -70,13 +75,6 @@ def _setting(head: Row, result: Row) -> list[str]:
         f"Trained on {', '.join(head['devices'])}; source {', '.join(map(_commit, head['commits']))}. Losses are "
         f"nats per token. Made by `{result['command']}`.",
     ]
-
-
-ABOUT_EVALUATIONS = (
-    "Answers that are right in every token, where the facts lie in neither a forced block nor the window; in brackets "
-    "nats per token of the answers, and the share of the facts that the chosen blocks held. `heldout` is held-out loss "
-    "in rows of that length. Means over seeds."
-)
 
 
 def _levels(ladder: list[Row]) -> Iterator[str]:
@@ -123,21 +121,12 @@ def _secondary(rows: list[Row]) -> Iterator[str]:
 
 def _long_enough(share_past: dict[str, float]) -> bool:
     """Whether documents are long enough: up to n l' tokens NSA selects everything, and is full attention."""
-    return all(share >= wanted for share, wanted in zip(share_past.values(), SHARES_PAST, strict=True))
+    return all(share >= wanted for share, wanted in zip(share_past.values(), SHARES_PAST, strict=False))
 
 
 def _arms(arms: list[Row]) -> Iterator[str]:
-    columns = (
-        "arm",
-        "seeds",
-        "lr",
-        "active parameters",
-        "GFLOP a token",
-        "held-out loss",
-        "sd over seeds",
-        "tokens/s",
-        "peak GiB",
-    )
+    columns = ("arm", "seeds", "lr", "active parameters", "GFLOP a token", "held-out loss", "sd over seeds", "tokens/s",
+               "peak GiB")  # fmt: skip
     yield from _table(columns, (
         (f"`{r['arm']}`", len(r["seeds"]), f"{r['lr']:.2e}", f"{r['params_active']:,}",
          f"{r['flops_per_token'] / 1e9:.4g}",
