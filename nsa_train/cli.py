@@ -104,10 +104,10 @@ def _data(words: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    """measure this machine: `bench attention`, `bench training` or `bench data`, with --help for their options"""
-    from nsa_train.bench import attention, data, training
+    """measure this machine: `bench attention`, `moe`, `training` or `data`, with --help for their options"""
+    from nsa_train.bench import attention, data, moe, training
 
-    benchmarks = {"attention": attention.main, "training": training.main, "data": data.main}
+    benchmarks = {"attention": attention.main, "moe": moe.main, "training": training.main, "data": data.main}
     if not arguments or arguments[0] not in benchmarks:
         raise NsaTrainError(f"bench: name one of {', '.join(benchmarks)}, like `nsa-train bench attention --help`")
     return benchmarks[arguments[0]](arguments[1:])

@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -23,6 +21,7 @@ from nsa_train.bench import results
 from nsa_train.bench.exact import attention_of_rows
 from nsa_train.bench.figures import plot_attention
 from nsa_train.bench.inputs import Shape, index_set, realistic_lengths
+from nsa_train.bench.timing import Timed, relative_error, take_turns
 from nsa_train.errors import NsaTrainError
 from nsa_train.model.branches import PHI
 from nsa_train.model.layers import apply_rope, rope_angles
@@ -36,9 +35,7 @@ from nsa_train.packing import Packing
 
 SPEC = NSASpec()  # the paper's sizes
 CHECKED_QUERIES = 48
-QUEUED_CYCLES = 40_000_000  # about 25 ms: launches queue up behind this, so that the host's time does not show
 DENSE = ("cudnn", "flash", "varlen")
-Timed = Callable[[], Any]
 Key = tuple[str, str, str]  # impl, part, pass
 
 
@@ -185,38 +182,12 @@ class Case:
             rows, self.q, *compressed, *self.slc, *self.win, self.gates, SPEC, self.cu_seqlens, self.scale, self.blocks
         )
         names = ("dq", "dk_cmp", "dv_cmp", "dk_slc", "dv_slc", "dk_win", "dv_win", "dgates")
-        errors = {"o": _error(got[rows], want)}
+        errors = {"o": relative_error(got[rows], want)}
         pairs = zip(
             names, torch.autograd.grad(got, inputs, do),
             torch.autograd.grad(want, inputs, self.do[rows].float()), strict=True,
         )  # fmt: skip
-        return errors | {name: _error(a, b) for name, a, b in pairs}
-
-
-def _error(got: Tensor, want: Tensor) -> float:
-    got, want = got.detach().double(), want.detach().double()
-    return float((got - want).norm() / want.norm())
-
-
-def take_turns(timed: dict[Any, Timed], seconds: float, max_turns: int) -> dict[Any, list[float]]:
-    """Milliseconds of each function, all taking turns until `seconds` are over (at least 3 turns)."""
-    found: dict[Any, list[float]] = {key: [] for key in timed}
-    for function in timed.values():
-        function()
-    torch.cuda.synchronize()
-    deadline = time.perf_counter() + seconds
-    for turn in range(max_turns):
-        for key, function in timed.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(QUEUED_CYCLES)
-            start.record()
-            function()
-            end.record()
-            end.synchronize()
-            found[key].append(start.elapsed_time(end))
-        if turn >= 2 and time.perf_counter() > deadline:
-            break
-    return found
+        return errors | {name: relative_error(a, b) for name, a, b in pairs}
 
 
 def rows_of(

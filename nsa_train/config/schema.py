@@ -390,6 +390,7 @@ class Config:
     name: str  # of the run and its folder; null in YAML: <experiment>-<attention>
     runs_dir: str
     seed: int
+    init_from: str | None  # folder of a run, a checkpoint or an export whose weights the run starts with
     model: ModelConfig
     attention: AttentionConfig
     moe: MoEConfig

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsa_train.ops.experts import swiglu
+from nsa_train.ops.rope import rotate
 from nsa_train.runtime import seed_of
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in fp32."""
+    """x / rms(x) * weight; PyTorch computes it in fp32 also for bf16."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -21,7 +22,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 YARN_SLOW, YARN_FAST = 1.0, 32.0  # alpha and beta: turns within the trained length
@@ -49,9 +50,7 @@ def rope_angles(
 
 def apply_rope(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the pairs (i, i + D/2) of x [T, H, D]."""
-    cos, sin = (part[:, None] for part in angles)
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    return rotate(x, *angles)
 
 
 class SwiGLU(nn.Module):

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nsa_train.ops import experts_triton
-
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from nsa_train.ops.tiles import KERNEL_DTYPES
 
 
 def _on_kernels(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype in KERNEL_DTYPES
+    """Inside of torch.compile the plain forms, which the compiler fuses."""
+    return x.is_cuda and x.dtype in KERNEL_DTYPES and not torch.compiler.is_compiling()
 
 
 def sum_rows(rows: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:

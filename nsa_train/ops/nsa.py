@@ -16,12 +16,11 @@ from torch import Tensor
 from nsa_train.ops.documents import compressed_lengths
 from nsa_train.ops.nsa_triton import nsa_forward
 from nsa_train.ops.reference import NSADetails, NSASpec, nsa_reference
-from nsa_train.ops.tiles import INTERPRETED
+from nsa_train.ops.tiles import INTERPRETED, KERNEL_DTYPES
 
 __all__ = ["NSADetails", "NSASpec", "compressed_lengths", "nsa_attention"]
 
 Backend = Literal["auto", "reference", "triton"]
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @overload

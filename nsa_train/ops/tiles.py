@@ -8,6 +8,7 @@ import torch
 import triton
 
 LOG2E = 1.4426950408889634  # kernels work with exp2; log-sum-exps between them are in base 2
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTERPRETED: bool = triton.knobs.runtime.interpret  # Triton's interpreter runs the kernels, on CPU tensors
 
 

@@ -132,6 +132,7 @@ class Engine:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> None:
         import deepspeed
 
+        self.shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
@@ -142,6 +143,10 @@ class Engine:
 
     def __call__(self, *inputs: Any) -> Any:
         return self._engine(*inputs)
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks and buffers away."""
+        self._engine.destroy()
 
     def backward(self, loss_share: Tensor) -> None:
         """`loss_share` summed over micro-batches and ranks is the step's loss; DeepSpeed's means are undone here."""

@@ -17,6 +17,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -142,7 +143,7 @@ def _complete(
         raise StorageError(problems[0])
     manifest = {
         "schema": SCHEMA, "step": step, "identity": identity, "world_size": len(gathered),
-        "steps_taken": engine.steps_taken(),
+        "steps_taken": engine.steps_taken(), "shapes": engine.shapes,
         "files": {name: {"bytes": size, "sha256": sha} for files, _ in gathered for name, size, sha in files},
         "state": state,
     }  # fmt: skip
@@ -286,19 +287,21 @@ class Weights:
     def __init__(self, found: Found) -> None:
         self._path, self._open = found.path, contextlib.ExitStack()
         self._pieces: dict[str, list[tuple[int, Any]]] = {}
-        self.sizes: dict[str, int] = {}  # elements of each parameter
+        self.shapes: dict[str, list[int]] = found.manifest["shapes"]
         for rank in range(found.manifest["world_size"]):
             file = self._open.enter_context(safe_open(found.path / SHARD.format(rank), framework="pt"))
             for name, start in json.loads(file.metadata()[OWN])["starts"].items():
                 self._pieces.setdefault(name, []).append((start, file))
-                stop = start + file.get_slice(f"master/{name}").get_shape()[0]
-                self.sizes[name] = max(stop, self.sizes.get(name, 0))
 
     def __enter__(self) -> Weights:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._open.close()
+
+    def whole(self, name: str) -> Tensor:
+        """A parameter as it was trained; fp32."""
+        return self.read("master", name, 0, math.prod(self.shapes[name])).view(self.shapes[name])
 
     def read(self, part: str, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a parameter's `part`, from whichever files hold them; fp32."""

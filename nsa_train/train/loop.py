@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import secrets
 import time
@@ -31,17 +30,17 @@ from nsa_train.parallel.engine import (
     stop_processes,
     sum_over_ranks,
 )
+from nsa_train.parallel.probe import probe_engine
 from nsa_train.train import checkpoint
 from nsa_train.train.evaluate import evaluate, means
 from nsa_train.train.export import export_model
 from nsa_train.train.folder import RunFolder
 from nsa_train.train.guards import BadSteps, StopSignals
 from nsa_train.train.heldout import HELDOUT, document_losses
+from nsa_train.train.initial import common_hash, locate, take_weights, weights_hashes
 from nsa_train.train.metrics import Clock, Metrics, plot_losses
 from nsa_train.train.optim import build_optimizer, lr_at
 from nsa_train.train.profile import StepProfiler
-
-ARM_ONLY = (".kv.cmp.", ".kv.win.", ".phi_k.", ".phi_v.", ".attention.gate.")
 
 
 def train(config: schema.Config, signals: StopSignals) -> int:
@@ -84,6 +83,7 @@ def _finished(folder: RunFolder) -> str | None:
 class Progress:
     """What a run knows of itself beside weights and random states; saved with each checkpoint."""
 
+    initial_weights: dict[str, str]  # sha256 by name and shape of what it started with
     step: int = 0  # finished steps
     skipped: int = 0  # of them, non-finite and not taken
     val_loss_first: float | None = None
@@ -111,7 +111,6 @@ class _Run:
         self.loaders = {split: Loader(store, self.stages, config.data, config.seed) for split, store in stores.items()}
         self._build()
         self.clock = Clock()
-        self.progress = Progress()
         self.metrics: Metrics | None = None
         self.wandb_id: str | None = None
         self.started, self.earlier = time.perf_counter(), 0.0
@@ -123,7 +122,14 @@ class _Run:
         dtype = runtime.dtype_of(trainer.dtype)
         self.model = Transformer(config.model, config.attention, config.moe)
         self.model.start(config.seed)
-        self.initial_weights = _weights_hashes(self.model)
+        sections = {name: to_tree(config)[name] for name in ("model", "attention", "moe", "optim")}
+        self.identity = checkpoint.identity_of(self.model, sections)
+        self.checkpoints = self.folder.path / "checkpoints"
+        self.found = on_rank_zero(lambda: checkpoint.find_newest_good(self.checkpoints, self.identity))
+        self.taken: list[str] = []  # what is said of weights that were taken from elsewhere
+        if config.init_from and not self.found:
+            self.taken = take_weights(self.model, on_rank_zero(lambda: locate(Path(str(config.init_from)))))
+        self.progress = Progress(initial_weights=weights_hashes(self.model))
         self.parameters = count_parameters(self.model)
         self.model.recompute_activations(trainer.activation_checkpointing)
         if trainer.compile:
@@ -131,29 +137,27 @@ class _Run:
         for parameter in self.model.parameters():  # rounded on the host: no fp32 copy on the device
             parameter.data = parameter.data.to(dtype).to(self.device)
         self.model.to(self.device)
-        sections = {name: to_tree(config)[name] for name in ("model", "attention", "moe", "optim")}
-        self.identity = checkpoint.identity_of(self.model, sections)
         self.micro_batches = micro_batches_of(self.stages, trainer, self.world)
         micro_rows = self.stages[0].batch_rows // (self.world * self.micro_batches)
         self.settings = engine_settings(
             config.parallel, dtype, config.optim.clip, micro_rows, self.micro_batches, self.world
         )
+        probe_engine(self.settings, dtype, self.device)
         self.engine = Engine(self.model, build_optimizer(self.model, config.optim), self.settings)
 
     # The run ----------------------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
         """Go on from the newest good checkpoint, if there is one, and open the metrics."""
-        self.checkpoints = self.folder.path / "checkpoints"
-        found = on_rank_zero(lambda: checkpoint.find_newest_good(self.checkpoints, self.identity))
-        if found:
-            checkpoint.restore(found, self.engine)
-            self.loaders["train"].check_state(found.manifest["state"]["loader"])
-            self.progress = Progress(**found.manifest["state"]["progress"])
-            self.wandb_id = found.manifest["state"].get("wandb_id")
+        if self.found:
+            state = self.found.manifest["state"]
+            checkpoint.restore(self.found, self.engine)
+            self.loaders["train"].check_state(state["loader"])
+            self.progress = Progress(**state["progress"])
+            self.wandb_id = state.get("wandb_id")
         self.metrics = on_main(self._open_metrics)
         self.earlier = self.progress.wall_s
-        self._announce(found)
+        self._announce()
 
     def go(self) -> int:
         """Train, and leave a summary however it ends."""
@@ -330,8 +334,8 @@ class _Run:
                 "share_past": {str(place): train.share_past(steps - 1, place) for place in (readable, 2 * readable)},
             },
             "tokenizer_sha256": self.facts["tokenizer_sha256"],
-            "common_weights_sha256": _common_hash(self.initial_weights),
-            "initial_weights_sha256": self.initial_weights,
+            "common_weights_sha256": common_hash(self.progress.initial_weights),
+            "initial_weights_sha256": self.progress.initial_weights,
             "rows_fingerprint": self.loaders["train"].fingerprint,
             "commit": runtime.git_commit(),
             "versions": runtime.versions(),
@@ -344,7 +348,7 @@ class _Run:
         self.folder.write("deepspeed.json", self.settings)
         return Metrics(self.config, self.folder.path, self.progress.step, manifest)
 
-    def _announce(self, found: checkpoint.Found | None) -> None:
+    def _announce(self) -> None:
         if not self.metrics:
             return
         config, trainer, corpus = self.config, self.config.trainer, self.facts["train"]
@@ -363,7 +367,8 @@ class _Run:
             ),
             f"{trainer.steps} steps, {_epochs(loader.epochs(trainer.steps))}; unigram entropy of the held-out text "
             f"{self.facts['unigram_entropy']:.4f} nats",
-            f"resumed from {found.path} at step {self.progress.step}" if found else "starting at step 0",
+            *self.taken,
+            f"resumed from {self.found.path} at step {self.progress.step}" if self.found else "starting at step 0",
         ):
             self.metrics.say(line)
 
@@ -444,20 +449,3 @@ def _epochs(epochs: dict[str, float]) -> str:
     if len(shown) > 8:
         return f"{min(epochs.values()):.2f} to {max(epochs.values()):.2f} epochs of {len(shown)} sources"
     return "epochs " + ", ".join(f"{value} of {name}" for name, value in shown.items())
-
-
-def _weights_hashes(model: Transformer) -> dict[str, str]:
-    """sha256 of each parameter's initial values, by name and shape: equal in all arms that have the parameter."""
-    return {
-        f"{name} {list(parameter.shape)}": hashlib.sha256(parameter.detach().numpy().tobytes()).hexdigest()
-        for name, parameter in sorted(model.named_parameters())
-    }
-
-
-def _common_hash(weights: dict[str, str]) -> str:
-    """sha256 over the initial values that `full` and `nsa` share; equal hashes make their comparison fair."""
-    digest = hashlib.sha256()
-    for name, one in weights.items():
-        if not any(part in name for part in ARM_ONLY):
-            digest.update(f"{name} {one}".encode())
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The kernels of routed experts compile for Hopper without spills and with loads as wide as they can be."""
+"""The kernels of routed experts and of rotary positions compile for Hopper without spills, in few registers."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from compiled import record, reports
 
-from nsa_train.ops import experts_triton
+from nsa_train.ops import experts_triton, rope
 
 WIDTHS = [(384, 192), (1536, 768), (2560, 1536)]  # of the model, of an expert: r1, m, paper_27b
 T, K = 4096, 6
@@ -23,6 +23,9 @@ def launches(M, F, dtype=torch.bfloat16):
     experts_triton.sum_rows(rows, places, weights)
     experts_triton.sum_rows(rows, places, None)
     experts_triton.sum_rows_backward(grad, rows, order, weights)
+    for D in (64, 192):
+        x, angle = torch.empty(T, 4, D, dtype=dtype, device="meta"), torch.empty(T, D // 2, device="meta")
+        rope.rotate_kernel(x, angle, angle, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def figures():
 
 
 def test_no_kernel_spills(figures):
-    assert len(figures) == 5 * len(WIDTHS)
+    assert len(figures) == 7 * len(WIDTHS)
     assert [f for f in figures if f["spills"]] == []
 
 

@@ -74,7 +74,7 @@ def note_what_parity_rests_on(file):
 def weights_of(run):
     path = run / "checkpoints" / f"step_{STEPS}"
     with Weights(Found(path, verify(path))) as weights:
-        return {name: weights.read("master", name, 0, size) for name, size in weights.sizes.items()}
+        return {name: weights.whole(name) for name in weights.shapes}
 
 
 def biases_of(run):

@@ -3,7 +3,9 @@
 from functools import partial
 
 import pytest
+import torch
 from launch import STEPS, limit_file_size, losses, rows, spoil_losses, summary
+from safetensors.torch import load_file
 
 from nsa_train.train.checkpoint import verify
 
@@ -15,18 +17,29 @@ def wait_all(jobs, code=0):
     assert [job.wait() for job in jobs] == [code] * len(jobs), "\n".join(job.text for job in jobs)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4)])
-def test_a_run_goes_on_with_another_number_of_processes(before, after, train_ranks, tmp_path, whole):
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((1, "zero2"), (2, "zero3")), ((2, "zero3"), (1, "zero1")), ((2, "zero1"), (4, "zero2"))],
+    ids=str,
+)
+def test_a_run_goes_on_with_other_processes_and_another_zero_stage(before, after, train_ranks, tmp_path, whole):
     run = tmp_path / "run"
-    jobs = train_ranks(before, extra={"NSA_TRAIN_KILL_AT": "checkpoint-retention"})
+    jobs = train_ranks(before[0], f"parallel={before[1]}", extra={"NSA_TRAIN_KILL_AT": "checkpoint-retention"})
     assert jobs[0].wait() == -9
     for job in jobs[1:]:
         job.process.kill()
         job.process.join()
-    jobs = train_ranks(after)
+    jobs = train_ranks(after[0], f"parallel={after[1]}")
     wait_all(jobs)
     assert "at step 9\n" in jobs[0].text
     assert losses(run) == pytest.approx(losses(whole), rel=TOLERANCE)
+    torch.testing.assert_close(biases(run), biases(whole), rtol=0, atol=1e-7)
+    assert all(bias.abs().max() > 0 for bias in biases(whole).values())
+
+
+def biases(run):
+    """Of the routers, behind the last step."""
+    return load_file(run / "checkpoints" / f"step_{STEPS}" / "buffers.safetensors")
 
 
 def test_a_disk_that_is_full_for_one_process_ends_all_of_them_with_20(train_ranks, tmp_path):

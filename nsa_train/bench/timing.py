@@ -1,0 +1,40 @@
+"""Timing of functions on a GPU, side by side, and the error of what they give."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+QUEUED_CYCLES = 40_000_000  # about 25 ms: launches queue up behind this, so that the host's time does not show
+Timed = Callable[[], Any]
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """||got - want|| / ||want||."""
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / want.norm())
+
+
+def take_turns(timed: dict[Any, Timed], seconds: float, max_turns: int) -> dict[Any, list[float]]:
+    """Milliseconds of each function, all taking turns until `seconds` are over (at least 3 turns)."""
+    found: dict[Any, list[float]] = {key: [] for key in timed}
+    for function in timed.values():
+        function()
+    torch.cuda.synchronize()
+    deadline = time.perf_counter() + seconds
+    for turn in range(max_turns):
+        for key, function in timed.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(QUEUED_CYCLES)
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            found[key].append(start.elapsed_time(end))
+        if turn >= 2 and time.perf_counter() > deadline:
+            break
+    return found

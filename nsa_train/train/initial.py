@@ -1,0 +1,130 @@
+"""The weights that a run starts with: taken from another run or an export, and the hash that names them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nsa_train import runtime
+from nsa_train.errors import CheckpointError, NsaTrainError
+from nsa_train.model.transformer import Transformer
+from nsa_train.train import checkpoint
+
+ARM_ONLY = (".kv.cmp.", ".kv.win.", ".phi_k.", ".phi_v.", ".attention.gate.")
+EXPORT, EXPORT_INDEX, EXPORT_PREFIX = "model.safetensors", "model.safetensors.index.json", "transformer."
+SHOWN = 8
+
+
+class Source(NamedTuple):
+    """Shapes of the tensors that can be taken, and how to read one."""
+
+    shapes: dict[str, list[int]]
+    read: Callable[[str], Tensor]
+
+
+def locate(folder: Path) -> Path | checkpoint.Found:
+    """What `init_from` names: the folder of an export, or the newest whole checkpoint of a run, or a checkpoint.
+
+    NsaTrainError where it is none of them, or where no checkpoint of the run is whole.
+    """
+    if (folder / EXPORT).is_file() or (folder / EXPORT_INDEX).is_file():
+        return folder
+    damaged = ""
+    for path in [*checkpoint.complete(folder / "checkpoints"), *([folder] if checkpoint.step_of(folder) else [])]:
+        try:
+            return checkpoint.Found(path, checkpoint.verify(path))
+        except CheckpointError as error:
+            runtime.log.warning("damaged checkpoint, trying an older one: %s", error)
+            damaged = f"; {path} is damaged"
+    raise NsaTrainError(
+        f"init_from={folder} is no run with a checkpoint, no checkpoint and no export{damaged}; name the folder of one"
+    )
+
+
+@torch.no_grad()
+def take_weights(model: Transformer, place: Path | checkpoint.Found) -> list[str]:
+    """Copy what `place` has of the model's weights and router biases; lines that say what was taken and what not.
+
+    NsaTrainError where a tensor has another shape there, where none is one of the model's, or where a file is damaged.
+    """
+    folder = place if isinstance(place, Path) else place.path
+    wanted = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    try:
+        with _export(place) if isinstance(place, Path) else _checkpoint(place) as source:
+            found = sorted(wanted.keys() & source.shapes.keys())
+            _check_shapes(folder, {name: (source.shapes[name], list(wanted[name].shape)) for name in found})
+            for name in found:
+                wanted[name].copy_(source.read(name))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise NsaTrainError(f"init_from: {folder} cannot be read ({type(error).__name__}: {error})") from error
+    lines = [f"starting from the weights of {folder}: {len(found)} of {len(wanted)} tensors"]
+    if missing := wanted.keys() - source.shapes.keys():
+        lines.append(f"not found there, they start afresh: {_in_short(missing)}")
+    if unused := source.shapes.keys() - wanted.keys():
+        lines.append(f"not of this model, left out: {_in_short(unused)}")
+    return lines
+
+
+def _check_shapes(folder: Path, shapes: dict[str, tuple[list[int], list[int]]]) -> None:
+    if not shapes:
+        raise NsaTrainError(f"init_from: {folder} holds another model: no tensor has the name of one of this model's")
+    other = [f"  {name}: {there} there, {here} here" for name, (there, here) in shapes.items() if there != here]
+    if other:
+        more = f"\n  and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
+        raise NsaTrainError(
+            f"init_from: {folder} holds another model, set model, attention and moe as there:\n"
+            + "\n".join(other[:SHOWN]) + more
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _checkpoint(found: checkpoint.Found) -> Iterator[Source]:
+    with checkpoint.Weights(found) as weights, safe_open(found.path / checkpoint.BUFFERS, framework="pt") as buffers:
+        names = buffers.keys()
+        shapes = weights.shapes | {name: buffers.get_slice(name).get_shape() for name in names}
+        yield Source(shapes, lambda name: buffers.get_tensor(name) if name in names else weights.whole(name))
+
+
+@contextlib.contextmanager
+def _export(folder: Path) -> Iterator[Source]:
+    names = {EXPORT}
+    if (folder / EXPORT_INDEX).is_file():
+        names = set(json.loads((folder / EXPORT_INDEX).read_text())["weight_map"].values())
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(safe_open(folder / Path(name).name, framework="pt")) for name in sorted(names)]
+        at = {key.removeprefix(EXPORT_PREFIX): (file, key) for file in files for key in file.keys()}  # noqa: SIM118
+        shapes = {name: file.get_slice(key).get_shape() for name, (file, key) in at.items()}
+        yield Source(shapes, lambda name: at[name][0].get_tensor(at[name][1]))
+
+
+def _in_short(names: Iterable[str]) -> str:
+    """Names with the layer left open, and how many they stand for."""
+    counts = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+    return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in sorted(counts.items()))
+
+
+def weights_hashes(model: Transformer) -> dict[str, str]:
+    """sha256 of each parameter's initial values, by name and shape: equal in all arms that have the parameter."""
+    return {
+        f"{name} {list(parameter.shape)}": hashlib.sha256(parameter.detach().numpy().tobytes()).hexdigest()
+        for name, parameter in sorted(model.named_parameters())
+    }
+
+
+def common_hash(weights: dict[str, str]) -> str:
+    """sha256 over the initial values that `full` and `nsa` share; equal hashes make their comparison fair."""
+    digest = hashlib.sha256()
+    for name, one in weights.items():
+        if not any(part in name for part in ARM_ONLY):
+            digest.update(f"{name} {one}".encode())
+    return digest.hexdigest()
