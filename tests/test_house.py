@@ -23,11 +23,11 @@ PINS = dict(
 )
 
 
-def readme_commands() -> list[list[str]]:
-    """Words of every command in README: lines of its shell blocks, and what stands in backticks and can be run."""
-    blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ").splitlines()
+def commands_in(page: str) -> list[list[str]]:
+    """Words of every command on a page: lines of its shell blocks, and what stands in backticks and can be run."""
+    blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", page, re.DOTALL)).replace("\\\n", " ").splitlines()
     inline = re.findall(
-        r"`((?:make|nsa-train|python|torchrun) [^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+        r"`((?:make|nsa-train|python|torchrun) [^`]+)`", re.sub(r"```.*?```", "", page, flags=re.DOTALL)
     )
     lines = [line.partition(" #")[0].strip() for line in blocks if line.strip() and not line.startswith("#")]
     return [shlex.split(line) for line in [*lines, *inline] if "..." not in line]
@@ -44,11 +44,11 @@ def test_readme_names_the_two_commands_on_its_first_screen():
     assert "make test" in first
 
 
-COMMANDS_OF_README = [words for words in readme_commands() if own_command(words)]
+COMMANDS_OF_README = [words for words in commands_in(README) if own_command(words)]
 
 
 def test_every_make_command_in_readme_has_a_target_and_composes():
-    used = [words for words in readme_commands() if words[0] == "make"]
+    used = [words for words in commands_in(README) if words[0] == "make"]
     assert {words[1] for words in used} >= {"train", "test"}
     for words in used:
         subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
@@ -72,9 +72,20 @@ def test_readme_shows_every_kind_of_command_that_it_should():
     assert {own_command(words)[0] for words in COMMANDS_OF_README} >= {"train", "prepare", "config", "plan", "doctor"}
 
 
-@pytest.mark.parametrize("words", [words for words in readme_commands() if words[0] == "python" and "-m" not in words])
+@pytest.mark.parametrize(
+    "words", [words for words in commands_in(README) if words[0] == "python" and "-m" not in words]
+)
 def test_every_script_in_readme_can_be_asked_for_help(words):
     subprocess.run([sys.executable, words[1], "--help"], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "words", [w for w in commands_in((ROOT / "docs" / "comparison.md").read_text()) if "--set" in w], ids=" ".join
+)
+def test_what_the_comparison_sets_composes_with_its_arms(words):
+    arms = words[words.index("--arms") + 1 :]
+    for arm in arms[: next(i for i, word in enumerate(arms) if word.startswith("--"))]:
+        load_config([f"attention={arm}", *words[words.index("--set") + 1 :]])
 
 
 def test_ci_runs_the_two_commands_of_the_first_screen():

@@ -11,13 +11,13 @@ from nsa_train.compare.runs import Arms, Run
 from nsa_train.compare.statistics import Difference, Pair, differences
 
 WHOLE = "all"
-FAR_WINDOWS = 4  # far recall begins so many windows back: no stack of few layers reaches there through windows alone
+FAR_WINDOWS = 4  # far recall begins so many windows back: windows alone carry a fact there in as many layers at least
 
 
 def cuts_of(run: Run) -> dict[str, np.ndarray]:
     """Losses and labels of a run's documents by cut, each [N, 2], in the order of a report.
 
-    `position 1024+` is where selection has more blocks than it may read, `recall 2048+` where windows do not reach.
+    `position 1024+` is where selection has more blocks than it may read, `recall 2048+` far beyond a window.
     """
     h, a = run.heldout, run.config.attention
     found = {WHOLE: h.position.sum(1)}

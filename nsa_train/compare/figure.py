@@ -18,6 +18,8 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
     runs = [row for row in rows if row["what"] == "run"]
     differences = [row for row in rows if row["what"] == "difference" and row["baseline"] == head["baseline"]]
     colour = {arm: f"C{i}" for i, arm in enumerate(arms)}
+    late = [point["loss"] for run in runs for point in run["val"] if point["tokens"] >= SHOWN_FROM * head["tokens"]]
+    margin = 0.05 * (max(late) - min(late)) + 0.01
     figure, axes = plt.subplots(2, 3, figsize=(16, 9), dpi=100)
     for place, (key, label) in zip(axes[0], AXES, strict=True):
         for run in runs:
@@ -25,7 +27,7 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
             points = [(point[key], point["loss"]) for point in run["val"]]
             place.plot(*zip(*points, strict=True), color=colour[run["arm"]], lw=1, label=run["arm"] if first else None)  # type: ignore[arg-type]
         place.axhline(head["unigram_entropy"], color="gray", ls="--", lw=1, label="unigram entropy")
-        place.set(xlabel=label, ylabel="held-out loss, nats per token")
+        place.set(xlabel=label, ylabel="held-out loss, nats per token", ylim=(min(late) - margin, max(late) + margin))
     for place, kind, label in zip(
         axes[1], ("position", "recall"), ("position in the document", "tokens back to what is recalled"), strict=False
     ):
@@ -57,6 +59,7 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+SHOWN_FROM = 0.1  # of the tokens: what comes before would flatten the rest
 AXES = (
     ("tokens", "tokens"),
     ("flops", "executed FLOPs"),

@@ -34,6 +34,7 @@ def markdown(result: dict[str, Any], figure: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+SHARES_PAST = (0.5, 0.3)  # of the tokens, past n l' and past twice that
 KINDS = ("comparison", "level", "gate", "arm", "run", "eval", "difference", "secondary")
 ABOUT_DIFFERENCES = (
     "Mean over seeds, standard error (that of the documents in brackets) and two-sided 95% interval; negative: the "
@@ -42,6 +43,11 @@ ABOUT_DIFFERENCES = (
 ABOUT_CUTS = (
     "By position in the document as the model sees it, by source, and, for tokens whose four predecessors stood "
     "together before in the document, by the distance back to where they did so last; `+` is all that lies further."
+)
+ABOUT_EVALUATIONS = (
+    "Answers that are right in every token, where the facts lie in neither a forced block nor the window; in brackets "
+    "nats per token of the answers, and the share of the facts that the chosen blocks held. `heldout` is held-out loss "
+    "in rows of that length. Means over seeds."
 )
 
 
@@ -54,9 +60,7 @@ def _table(columns: Sequence[str], lines: Iterable[Sequence[object]]) -> list[st
 def _setting(head: Row, result: Row) -> list[str]:
     corpus = head["corpus"]
     past = ", ".join(f"{share:.0%} past {at}" for at, share in corpus["share_past"].items())
-    past += (
-        "" if _long_enough(corpus["share_past"]) else " (TOO FEW: at least 50% past 1024 and 30% past 2048 are wanted)"
-    )
+    past += "" if _long_enough(corpus["share_past"]) else " (TOO FEW: at least 50% and 30% are wanted)"
     epochs = ", ".join(f"{value:.2f} of {name}" for name, value in corpus["epochs"].items())
     labels, documents = head["heldout_labels"], head["heldout_documents"]
     return [
@@ -71,13 +75,6 @@ def _setting(head: Row, result: Row) -> list[str]:
         f"Trained on {', '.join(head['devices'])}; source {', '.join(map(_commit, head['commits']))}. Losses are "
         f"nats per token. Made by `{result['command']}`.",
     ]
-
-
-ABOUT_EVALUATIONS = (
-    "Answers that are right in every token, where the facts lie in neither a forced block nor the window; in brackets "
-    "nats per token of the answers, and the share of the facts that the chosen blocks held. `heldout` is held-out loss "
-    "in rows of that length. Means over seeds."
-)
 
 
 def _levels(ladder: list[Row]) -> Iterator[str]:
@@ -123,22 +120,13 @@ def _secondary(rows: list[Row]) -> Iterator[str]:
 
 
 def _long_enough(share_past: dict[str, float]) -> bool:
-    """Whether documents are long enough to tell NSA from full attention: up to n l' = 1024 tokens they are the same."""
-    return share_past["1024"] >= 0.5 and share_past["2048"] >= 0.3
+    """Whether documents are long enough: up to n l' tokens NSA selects everything, and is full attention."""
+    return all(share >= wanted for share, wanted in zip(share_past.values(), SHARES_PAST, strict=False))
 
 
 def _arms(arms: list[Row]) -> Iterator[str]:
-    columns = (
-        "arm",
-        "seeds",
-        "lr",
-        "active parameters",
-        "GFLOP a token",
-        "held-out loss",
-        "sd over seeds",
-        "tokens/s",
-        "peak GiB",
-    )
+    columns = ("arm", "seeds", "lr", "active parameters", "GFLOP a token", "held-out loss", "sd over seeds", "tokens/s",
+               "peak GiB")  # fmt: skip
     yield from _table(columns, (
         (f"`{r['arm']}`", len(r["seeds"]), f"{r['lr']:.2e}", f"{r['params_active']:,}",
          f"{r['flops_per_token'] / 1e9:.4g}",

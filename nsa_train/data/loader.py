@@ -171,6 +171,13 @@ class Loader:
         total = sum(s.group.weight for s in streams)
         return total / sum(s.group.weight / s.whole.utilisation for s in streams)
 
+    def share_past(self, step: int, place: int) -> float:
+        """Share of the tokens that the model sees at `place` of their document or later, weighted by the mixture."""
+        streams = self.streams(step)
+        total = sum(s.group.weight for s in streams)
+        past = ((s.group.weight, np.maximum(s.whole.length - place, 0).sum() / s.whole.tokens) for s in streams)
+        return float(sum(weight * share for weight, share in past) / total)
+
     @property
     def packing(self) -> str:
         return self._data.packing

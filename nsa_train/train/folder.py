@@ -16,7 +16,7 @@ from typing import IO, Any
 import yaml
 
 from nsa_train.config import schema
-from nsa_train.config.load import config_from_tree, to_tree, to_yaml
+from nsa_train.config.load import config_from_tree, load_config, to_tree, to_yaml
 from nsa_train.errors import RunFolderError, StorageError
 
 # A resumed run may differ in these: they change how and how often, not what is computed.
@@ -103,12 +103,20 @@ class RunFolder:
 
 
 def read_config(folder: Path) -> schema.Config:
-    """The configuration that a run folder is bound to. Raises RunFolderError where there is none."""
+    """The configuration of a run, of an older version too: keys that came later have the value of its recipe today.
+
+    Raises RunFolderError where there is none, ConfigError where it is no legal one.
+    """
     path = folder / "config.yaml"
     try:
-        return config_from_tree(yaml.safe_load(path.read_text()))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = yaml.safe_load(path.read_text())
+        recipe = [f"experiment={tree['experiment']}", f"attention={tree['arm']}"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
         raise RunFolderError(f"{path}: cannot be read ({error}); name the folder of a run") from error
+    for name, today in to_tree(load_config(recipe)).items():
+        before = tree.get(name, today)
+        tree[name] = today | before if isinstance(today, dict) and isinstance(before, dict) else before
+    return config_from_tree(tree)
 
 
 def differing(one: Any, other: Any, free: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:

@@ -326,10 +326,12 @@ class _Run:
     def _open_metrics(self) -> Metrics:
         before = self.folder.read_json("manifest.json")
         self.wandb_id = self.wandb_id or before.get("wandb_id") or secrets.token_hex(4)
+        steps, train, attention = self.config.trainer.steps, self.loaders["train"], self.config.attention
+        readable = attention.slc_count * attention.slc_block  # up to there selected blocks are all blocks
         manifest = {
             "corpus": {
-                "name": self.facts["name"], "hash": self.facts["hash"], "share_past": self.facts["train"]["share_past"],
-                "epochs": self.loaders["train"].epochs(self.config.trainer.steps),
+                "name": self.facts["name"], "hash": self.facts["hash"], "epochs": train.epochs(steps),
+                "share_past": {str(place): train.share_past(steps - 1, place) for place in (readable, 2 * readable)},
             },
             "tokenizer_sha256": self.facts["tokenizer_sha256"],
             "common_weights_sha256": common_hash(self.progress.initial_weights),

@@ -1,10 +1,12 @@
 """Runs that may not stand side by side are refused, each for its own reason."""
 
 import pytest
+import yaml
 from folders import WEIGHTS, make_run
 
 from nsa_train.cli import main
 from nsa_train.compare.runs import Arms
+from nsa_train.config.load import load_config
 from nsa_train.errors import NsaTrainError
 
 
@@ -83,6 +85,19 @@ def test_all_breaches_are_told_at_once_on_the_command_line(tmp_path, capsys):
     assert said.startswith("error: these runs cannot be compared:\n")
     assert "corpus dddddddddddd" in said
     assert "has no partner" in said
+
+
+def test_runs_from_before_a_key_came_stand_beside_those_from_after(tmp_path):
+    full, nsa = make_run(tmp_path, "full"), make_run(tmp_path, "nsa")
+    tree = yaml.safe_load((nsa / "config.yaml").read_text())
+    del tree["logging"], tree["optim"]["clip"]
+    (nsa / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert Arms.read([full, nsa]).runs["nsa"][0].config.optim.clip == load_config().optim.clip
+    tree["optim"]["clip"] = 0.5
+    (nsa / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert "optim.clip=0.5" in refusal(full, nsa)
+    (nsa / "config.yaml").write_text("[]")
+    assert "config.yaml: cannot be read" in refusal(full, nsa)
 
 
 @pytest.mark.parametrize("missing", ["summary.json", "config.yaml", "manifest.json", "heldout.npz"])

@@ -89,6 +89,18 @@ def test_an_epoch_holds_every_token_of_every_document_once(store):
     assert set(loader.epochs(rows_in_epoch(loader)).values()) == {1.0}
 
 
+@pytest.mark.parametrize("place", [0, 16, 40])
+def test_the_share_of_late_tokens_is_that_of_an_epoch(place, store):
+    loader = make_loader(store, batch_rows=1)
+    late = total = 0
+    for step in range(rows_in_epoch(loader)):
+        (batch,) = loader.micro_batches(step, 0, 1, 1)
+        real = batch.sources != NO_SOURCE
+        late, total = late + int((batch.packing.positions[real] >= place).sum()), total + int(real.sum())
+    assert loader.share_past(0, place) == pytest.approx(late / total)
+    assert place == 0 or 0 < late < total
+
+
 def test_a_label_is_the_next_token_of_its_document_and_never_of_another(store, loader):
     eos = int(store.tokens[-1])
     for step in range(10):

@@ -218,6 +218,10 @@ def test_the_folder_says_what_was_run(run, config, prepared):
     manifest, engine = (json.loads((run / name).read_text()) for name in ("manifest.json", "deepspeed.json"))
     assert manifest["corpus"]["hash"] == json.loads((prepared / "manifest.json").read_text())["hash"]
     assert manifest["world_size"] == 1
+    near, far = manifest["corpus"]["share_past"].items()
+    assert (near[0], far[0]) == ("32", "64")
+    assert 0 < far[1] < near[1] < 1
+    assert manifest["corpus"]["epochs"].keys() == {"even", "odd"}
     assert len(manifest["common_weights_sha256"]) == 64
     assert engine["train_batch_size"] == config.trainer.batch_rows
     assert "optimizer" not in engine  # DeepSpeed would compile its own at run time
