@@ -13,7 +13,7 @@ from nsa_train import runtime
 from nsa_train.errors import ConfigError, Interrupted, NsaTrainError, StorageError
 
 EXIT_CODES = """exit codes:
-  0 done    2 wrong input    17 no valid checkpoint    18 diverged    20 storage full or unwritable
+  0 done    2 wrong input    17 no valid checkpoint    18 diverged    19 hung    20 storage full or unwritable
   75 interrupted, the same command goes on    1 anything else: a bug, with its traceback
 torchrun turns every code into 1; runs/<name>/summary.json has the real one."""
 
