@@ -145,7 +145,7 @@ def _show(text: str) -> None:
 def _config(overrides: list[str]):
     from nsa_train.config.load import load_config
 
-    return load_config(overrides)
+    return load_config(overrides, runtime.world_size())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -442,6 +442,20 @@ class Config:
             before += part.tokens or 0
         return found
 
+    def sharing_problems(self, processes: int) -> list[str]:
+        """Rows of a step that so many processes cannot share evenly."""
+        found, trainer = [], self.trainer
+        if not self.stages.parts and trainer.batch_rows % processes:
+            found.append(f"trainer.batch_rows={trainer.batch_rows} is not a multiple of the {processes} processes")
+        for name, part in self.stages.parts.items():
+            rows = trainer.batch_rows * trainer.seq_len // max(1, part.seq_len)
+            if rows % processes:
+                found.append(
+                    f"stages.parts.{name}: {rows} rows of {part.seq_len} tokens in a step are not a multiple of the "
+                    f"{processes} processes; change trainer.batch_rows or their number"
+                )
+        return found
+
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name

@@ -19,7 +19,7 @@ from nsa_train.data.loader import NO_LABEL, Batch, Loader, largest_divisor
 from nsa_train.data.prepare import prepare
 from nsa_train.data.stages import Stage, stages_of
 from nsa_train.data.store import TokenStore
-from nsa_train.errors import ConfigError, DivergedError, Interrupted
+from nsa_train.errors import DivergedError, Interrupted
 from nsa_train.model.counts import count_parameters
 from nsa_train.model.transformer import Transformer
 from nsa_train.parallel.engine import (
@@ -109,12 +109,6 @@ class _Run:
         self.config, self.folder, self.device, self.signals = config, folder, device, signals
         self.world = runtime.world_size()
         self.stages = stages_of(config)
-        for stage in self.stages:
-            if stage.batch_rows % self.world:
-                what = f"trainer.batch_rows={config.trainer.batch_rows}"
-                if config.stages.parts:
-                    what = f"stage {stage.name}: {stage.batch_rows} rows of {stage.seq_len} tokens in a step"
-                raise ConfigError(f"{what} is not a multiple of the {self.world} processes; change one of them")
         runtime.seed_everything(config.seed)
         self.corpus = Path(on_rank_zero(lambda: str(prepare(config.data, config.model.vocab, runtime.log.info))))
         stores = {split: TokenStore.open(self.corpus, split) for split in ("train", "heldout")}
