@@ -19,7 +19,7 @@ help: ## show these lines
 install: .venv/.ok ## make .venv and install everything into it (a minute, or more where torch is downloaded)
 
 train: .venv/.ok ## pretrain a small NSA model on real text; ARGS="attention=full" trains the baseline
-	@$(BIN)/python -m nsa_train config $(ARGS) > /dev/null
+	@WORLD_SIZE=$(NPROC) $(BIN)/python -m nsa_train config $(ARGS) > /dev/null
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($(CORES) + $(NPROC) - 1) / $(NPROC) ))} \
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m nsa_train train $(ARGS)
 

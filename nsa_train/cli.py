@@ -13,7 +13,7 @@ from nsa_train import runtime
 from nsa_train.errors import ConfigError, Interrupted, NsaTrainError, StorageError
 
 EXIT_CODES = """exit codes:
-  0 done    2 wrong input    17 no valid checkpoint    18 diverged    20 storage full or unwritable
+  0 done    2 wrong input    17 no valid checkpoint    18 diverged    19 hung    20 storage full or unwritable
   75 interrupted, the same command goes on    1 anything else: a bug, with its traceback
 torchrun turns every code into 1; runs/<name>/summary.json has the real one."""
 
@@ -153,7 +153,7 @@ def _show(text: str) -> None:
 def _config(overrides: list[str]):
     from nsa_train.config.load import load_config
 
-    return load_config(overrides)
+    return load_config(overrides, runtime.world_size())
 
 
 def _parser() -> argparse.ArgumentParser:

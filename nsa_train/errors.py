@@ -30,8 +30,16 @@ class CheckpointError(NsaTrainError):
     exit_code = 17
 
 
+class OtherRankFailed(NsaTrainError):
+    """Another process of the run failed, with its exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class DivergedError(NsaTrainError):
-    """The loss or its gradient stayed non-finite."""
+    """The loss or its gradient stayed non-finite, or the loss jumped where that is to stop the run."""
 
     exit_code = 18
 

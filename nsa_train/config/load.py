@@ -30,8 +30,8 @@ GROUPS = (
 )  # fmt: skip
 
 
-def load_config(overrides: Sequence[str] = ()) -> schema.Config:
-    """Compose `configs/` with Hydra overrides (`group=option`, `key.path=value`) into a checked Config.
+def load_config(overrides: Sequence[str] = (), processes: int = 1) -> schema.Config:
+    """Compose `configs/` with Hydra overrides (`group=option`, `key.path=value`) into a Config for so many processes.
 
     Raises ConfigError with one line per problem.
     """
@@ -39,13 +39,15 @@ def load_config(overrides: Sequence[str] = ()) -> schema.Config:
     tree["experiment"], tree["arm"] = choices["experiment"], choices["attention"]
     if tree.get("name") is None:
         tree["name"] = f"{choices['experiment']}-{choices['attention']}"
-    return config_from_tree(tree)
+    return config_from_tree(tree, processes)
 
 
-def config_from_tree(tree: dict[str, Any]) -> schema.Config:
+def config_from_tree(tree: dict[str, Any], processes: int = 1) -> schema.Config:
     """A checked Config from plain data, such as a run folder's config.yaml."""
     problems: list[str] = []
     config = _build(schema.Config, tree, "", problems)
+    if config:
+        problems += config.sharing_problems(processes)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"  {line}" for line in problems))

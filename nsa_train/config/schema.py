@@ -271,12 +271,17 @@ class ParallelConfig:
     offload_params: Literal["none", "cpu"]  # where shards of the weights are kept
     reduce_dtype: Literal["fp32", "bf16"]  # gradients between ranks
     timeout_s: int  # a collective that takes longer ends the job
+    hang_s: float  # after so long without the end of a step, validation or checkpoint, stacks are written and it ends
     deepspeed: dict[str, Any]  # DeepSpeed's own keys beside ours
 
     def problems(self) -> list[str]:
-        found = _not_positive(self, "timeout_s")
+        found = _not_positive(self, "timeout_s", "hang_s")
         if self.timeout_s > YEAR_S:
             found.append(f"timeout_s={self.timeout_s} must be at most {YEAR_S}, a year")
+        if self.hang_s >= self.timeout_s:
+            found.append(
+                f"hang_s={self.hang_s:g} must be below timeout_s={self.timeout_s}, which ends the job without stacks"
+            )
         if self.zero_stage not in (1, 2, 3):
             found.append(f"zero_stage={self.zero_stage} must be 1, 2 or 3")
         if self.offload_params != "none" and self.zero_stage != 3:
@@ -303,14 +308,22 @@ class TrainerConfig:
     val_rows: int  # held-out rows in a validation, at most
     checkpoint_every: int
     keep_checkpoints: int
-    max_bad_steps: int  # non-finite steps in a row that stop the run
+    max_bad_steps: int  # skipped steps in a row that stop the run
+    on_spike: Literal["warn", "skip", "stop"]  # what a step does whose loss lies far above the last ones
+    spike_sigmas: float  # far: so many standard deviations; 0: never
+    spike_window: int  # the last ones: so many steps that were taken
     export: bool  # write export/ (Hugging Face safetensors) at the end
 
     def problems(self) -> list[str]:
-        return _not_positive(
+        found = _not_positive(
             self, "steps", "seq_len", "batch_rows", "micro_rows", "loss_chunk_tokens", "log_every", "val_every",
             "val_rows", "checkpoint_every", "keep_checkpoints", "max_bad_steps",
         )  # fmt: skip
+        if self.spike_sigmas < 0:
+            found.append(f"spike_sigmas={self.spike_sigmas} must not be negative; 0 switches it off")
+        if self.spike_window < 2:
+            found.append(f"spike_window={self.spike_window} has no deviation; use at least 2 steps")
+        return found
 
 
 @dataclass(frozen=True)
@@ -441,6 +454,20 @@ class Config:
                     f"{self.trainer.steps * step_tokens}; raise trainer.steps"
                 )
             before += part.tokens or 0
+        return found
+
+    def sharing_problems(self, processes: int) -> list[str]:
+        """Rows of a step that so many processes cannot share evenly."""
+        found, trainer = [], self.trainer
+        if not self.stages.parts and trainer.batch_rows % processes:
+            found.append(f"trainer.batch_rows={trainer.batch_rows} is not a multiple of the {processes} processes")
+        for name, part in self.stages.parts.items():
+            rows = trainer.batch_rows * trainer.seq_len // max(1, part.seq_len)
+            if rows % processes:
+                found.append(
+                    f"stages.parts.{name}: {rows} rows of {part.seq_len} tokens in a step are not a multiple of the "
+                    f"{processes} processes; change trainer.batch_rows or their number"
+                )
         return found
 
     @property

@@ -18,6 +18,7 @@ import yaml
 from nsa_train.config import schema
 from nsa_train.config.load import config_from_tree, load_config, to_tree, to_yaml
 from nsa_train.errors import RunFolderError, StorageError
+from nsa_train.train.failures import FIRST_FAILURE
 
 # A resumed run may differ in these: they change how and how often, not what is computed.
 FREE_KEYS = (
@@ -54,6 +55,7 @@ class RunFolder:
         lock.write(f"process {os.getpid()} on {os.uname().nodename}")
         lock.flush()
         self._lock = lock
+        (self.path / FIRST_FAILURE).unlink(missing_ok=True)
         self._check_config()
 
     def bind(self) -> None:

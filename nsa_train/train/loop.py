@@ -19,7 +19,7 @@ from nsa_train.data.loader import NO_LABEL, Batch, Loader, largest_divisor
 from nsa_train.data.prepare import prepare
 from nsa_train.data.stages import Stage, stages_of
 from nsa_train.data.store import TokenStore
-from nsa_train.errors import ConfigError, Interrupted, NsaTrainError, StorageError
+from nsa_train.errors import DivergedError, Interrupted
 from nsa_train.model.counts import count_parameters
 from nsa_train.model.transformer import Transformer
 from nsa_train.parallel.engine import (
@@ -34,13 +34,15 @@ from nsa_train.parallel.probe import probe_engine
 from nsa_train.train import checkpoint
 from nsa_train.train.evaluate import evaluate, means
 from nsa_train.train.export import export_model
+from nsa_train.train.failures import FIRST_FAILURE, ending_of, failure_of
 from nsa_train.train.folder import RunFolder
-from nsa_train.train.guards import BadSteps, StopSignals
+from nsa_train.train.guards import BadSteps, Spikes, StopSignals
 from nsa_train.train.heldout import HELDOUT, document_losses
 from nsa_train.train.initial import common_hash, locate, take_weights, weights_hashes
 from nsa_train.train.metrics import Clock, Metrics, plot_losses
 from nsa_train.train.optim import build_optimizer, lr_at
 from nsa_train.train.profile import StepProfiler
+from nsa_train.train.watchdog import Watchdog
 
 
 def train(config: schema.Config, signals: StopSignals) -> int:
@@ -49,23 +51,34 @@ def train(config: schema.Config, signals: StopSignals) -> int:
     device = runtime.device()
     start_processes(device, config.parallel.timeout_s)
     folder = RunFolder(config)
+    agreed = False  # that the run ends, by all ranks: only then can they leave the group together
     try:
         on_rank_zero(folder.claim)
         if finished := on_rank_zero(lambda: _finished(folder)):
             runtime.log.info("%s", finished)
-            return 0
-        try:
-            run = _Run(config, folder, device, signals)
-            run.resume()
-        except BaseException as error:
-            failure = _failure(error)
-            before = {"steps": 0, **folder.read_json("summary.json")}  # what an earlier launch reached holds
-            on_main(lambda: folder.write("summary.json", before | _ending(failure)))
-            raise failure from failure.__cause__
-        return run.go()
+        else:
+            _run(config, folder, device, signals)
+        agreed = True
+    except Interrupted as stop:
+        agreed = stop.__cause__ is None
+        raise
     finally:
         folder.release()
-        stop_processes()
+        if agreed:
+            stop_processes()
+    return 0
+
+
+def _run(config: schema.Config, folder: RunFolder, device: torch.device, signals: StopSignals) -> None:
+    try:
+        run = _Run(config, folder, device, signals)
+        run.resume()
+    except BaseException as error:
+        failure = failure_of(error, folder.path)
+        before = {"steps": 0, **folder.read_json("summary.json")}  # what an earlier launch reached holds
+        on_main(lambda: folder.write("summary.json", before | ending_of(failure)))
+        raise failure from failure.__cause__
+    run.go()
 
 
 def _finished(folder: RunFolder) -> str | None:
@@ -97,12 +110,6 @@ class _Run:
         self.config, self.folder, self.device, self.signals = config, folder, device, signals
         self.world = runtime.world_size()
         self.stages = stages_of(config)
-        for stage in self.stages:
-            if stage.batch_rows % self.world:
-                what = f"trainer.batch_rows={config.trainer.batch_rows}"
-                if config.stages.parts:
-                    what = f"stage {stage.name}: {stage.batch_rows} rows of {stage.seq_len} tokens in a step"
-                raise ConfigError(f"{what} is not a multiple of the {self.world} processes; change one of them")
         runtime.seed_everything(config.seed)
         self.corpus = Path(on_rank_zero(lambda: str(prepare(config.data, config.model.vocab, runtime.log.info))))
         stores = {split: TokenStore.open(self.corpus, split) for split in ("train", "heldout")}
@@ -114,7 +121,7 @@ class _Run:
         self.metrics: Metrics | None = None
         self.wandb_id: str | None = None
         self.started, self.earlier = time.perf_counter(), 0.0
-        self.bad_steps = BadSteps(trainer.max_bad_steps)
+        self.bad_steps, self.spikes = BadSteps(trainer.max_bad_steps), Spikes(trainer, device)
 
     def _build(self) -> None:
         """Model with keyed initial values, optimizer, engine."""
@@ -154,22 +161,25 @@ class _Run:
             checkpoint.restore(self.found, self.engine)
             self.loaders["train"].check_state(state["loader"])
             self.progress = Progress(**state["progress"])
+            self.spikes.load_state(state["spikes"])
             self.wandb_id = state.get("wandb_id")
         self.metrics = on_main(self._open_metrics)
         self.earlier = self.progress.wall_s
         self._announce()
 
-    def go(self) -> int:
+    def go(self) -> None:
         """Train, and leave a summary however it ends."""
         self.signals.training = True
+        self.watchdog = Watchdog(self.folder.path, self.config.parallel.hang_s, runtime.rank(), FIRST_FAILURE)
         try:
             self._train()
         except BaseException as error:
-            failure = _failure(error)
-            on_main(lambda: self._summarise(**_ending(failure)))
+            failure = failure_of(error, self.folder.path)
+            on_main(lambda: self._summarise(**ending_of(failure)))
             raise failure from failure.__cause__
+        finally:
+            self.watchdog.stop()
         on_main(lambda: self._summarise("done", 0))
-        return 0
 
     def _train(self) -> None:
         for row in self._steps():
@@ -192,33 +202,45 @@ class _Run:
             lr, waited = lr_at(step, trainer.steps, self.config.optim.lr, self.config.schedule), self.clock.waited
             self.engine.set_lr(lr)
             stage = self._enter(step)
+            if step == stage.first_step:
+                self.spikes.forget()
             labels = self.loaders["train"].label_tokens(step)
             tokens = trainer.batch_rows * trainer.seq_len
             loss = torch.zeros((), device=self.device)
             load = torch.zeros(len(self.model.routers()), self.config.moe.experts, device=self.device)
             by_source = torch.zeros(len(self.facts["sources"]) + 1, 2, dtype=torch.float64, device=self.device)
             micro_rows = stage.batch_rows // (self.world * self.micro_batches)
-            for batch in self._timed(self.loaders["train"].micro_batches(step, runtime.rank(), self.world, micro_rows)):
+            batches = self._timed(self.loaders["train"].micro_batches(step, runtime.rank(), self.world, micro_rows))
+            for number, batch in enumerate(batches, start=1):
                 out = self.engine(batch.tokens, batch.labels, batch.packing, trainer.loss_chunk_tokens)
                 cross_entropy = out.token_losses.sum() / labels
-                self.engine.backward(cross_entropy + self.config.moe.aux_weight * out.balance / tokens)
+                share = cross_entropy + self.config.moe.aux_weight * out.balance / tokens
                 loss += cross_entropy.detach()
+                if number == self.micro_batches:  # the step's loss is known before the step is taken
+                    sum_over_ranks(loss)
+                    spike = self.spikes.is_spike(loss)
+                    if trainer.on_spike != "warn":
+                        share = share * torch.where(spike, torch.nan, 1.0)  # DeepSpeed skips it: no sync for that
+                self.engine.backward(share)
                 load += out.load
                 pairs = torch.stack([out.token_losses.detach(), batch.labels != NO_LABEL], dim=1).double()
                 by_source.index_add_(0, batch.sources % len(by_source), pairs)  # NO_SOURCE, -1, is the last
             stop = torch.tensor(float(self.signals.received is not None), device=self.device)
-            sum_over_ranks(loss, load, stop)
-            mean_loss, must_stop = torch.stack([loss, stop]).tolist()  # sync: the step's only one
+            sum_over_ranks(load, stop)
+            mean_loss, must_stop, spiked = torch.stack(
+                [loss, stop, spike.float()]
+            ).tolist()  # sync: the step's only one
             bad = self.engine.skipped
             if not bad:
                 self.model.balance_experts(load)
+                self.spikes.note(loss)
             self.progress.step = step + 1
             if profiler and self.metrics and (table := profiler.step(self.clock.waited - waited)):
                 self.metrics.say(table)
             yield {
-                "step": step + 1, "tokens": (step + 1) * tokens, "loss": None if bad else mean_loss, "lr": lr,
-                "grad_norm": None if bad else self.engine.gradient_norm, "skipped": bad, "stop": must_stop > 0,
-                "load": load, "by_source": by_source[:-1],
+                "step": step + 1, "tokens": (step + 1) * tokens, "loss": None if bad and not spiked else mean_loss,
+                "lr": lr, "grad_norm": None if bad else self.engine.gradient_norm, "skipped": bad,
+                "spike": spiked > 0, "stop": must_stop > 0, "load": load, "by_source": by_source[:-1],
             }  # fmt: skip
 
     def _after_step(self, row: dict[str, Any]) -> None:
@@ -227,12 +249,18 @@ class _Run:
         stop, load, bad = row.pop("stop"), row.pop("load"), row["skipped"]
         self.clock.steps += 1
         last = step == trainer.steps
-        if step % trainer.log_every == 0 or last or bad or stop:
+        if step % trainer.log_every == 0 or last or bad or row["spike"] or stop:
             self._log(row, load)
         if self.metrics:
             self.metrics.progress(step)
+        self.watchdog.beat()
         self.progress.skipped += bad
         self.bad_steps.note(step, bad)
+        if row["spike"] and trainer.on_spike == "stop":
+            raise DivergedError(
+                f"the loss of step {step} jumped to {row['loss']:.4f}, where trainer.on_spike=stop; the step was not "
+                f"taken (nsa-train data inspect step={step} shows its rows)"
+            )
         if step % trainer.val_every == 0 or last:
             self._validate()
         if step % trainer.checkpoint_every == 0 or last or stop:
@@ -291,6 +319,7 @@ class _Run:
         tokens = self.progress.step * self.config.trainer.batch_rows * self.config.trainer.seq_len
         if self.metrics:
             self.metrics.validation({"step": self.progress.step, "tokens": tokens, **found})
+        self.watchdog.beat()
         self.clock.reset()
 
     def _measure_documents(self) -> None:
@@ -307,6 +336,7 @@ class _Run:
             "loader": self.loaders["train"].state(self.progress.step),
             "corpus_hash": self.facts["hash"],
             "wandb_id": self.wandb_id,
+            "spikes": self.spikes.state(),
         }
         checkpoint.save(
             self.checkpoints,
@@ -316,6 +346,7 @@ class _Run:
             state,
             self.config.trainer.keep_checkpoints,
         )
+        self.watchdog.beat()
         self.clock.reset()
 
     def _wall_s(self) -> float:
@@ -401,25 +432,6 @@ class _Run:
                 self.facts["hash"][:12],
                 f"{progress.last_speed:,.0f}" if progress.last_speed else "-", self._wall_s(), self.folder.path,
             )  # fmt: skip
-
-
-def _failure(error: BaseException) -> BaseException:
-    """A full disk as StorageError, a Ctrl-C that stops at once as Interrupted, any other error as it is."""
-    if isinstance(error, OSError) and error.errno in runtime.STORAGE_ERRORS:
-        failure: NsaTrainError = StorageError(
-            f"{error.filename or 'the disk'}: {error.strerror}; make room there and run again"
-        )
-    elif isinstance(error, KeyboardInterrupt):
-        failure = Interrupted("stopped at once; the same command goes on from the last checkpoint, if there is one")
-    else:
-        return error
-    failure.__cause__ = error
-    return failure
-
-
-def _ending(failure: BaseException) -> dict[str, Any]:
-    code = failure.exit_code if isinstance(failure, NsaTrainError) else 1
-    return {"status": "interrupted" if code == Interrupted.exit_code else "failed", "exit_code": code}
 
 
 def _nats(loss: float | None) -> str:

@@ -72,7 +72,8 @@ class Metrics:
         """A log step; loads [MoE layers, E] are tokens per expert."""
         peaks = [max(load) * len(load) / max(sum(load), 1.0) for load in loads]  # of the step, in mean loads
         self._write({**row, "split": "train", "load_peak": peaks})
-        loss = "non-finite, skipped" if row["loss"] is None else f"{row['loss']:.4f}"
+        loss = "non-finite" if row["loss"] is None else f"{row['loss']:.4f}"
+        loss += " (a jump)" * row["spike"] + ", skipped" * row["skipped"]
         self.say(
             f"step {row['step']:>6}  tokens {row['tokens']:>11,}  loss {loss}  lr {row['lr']:.2e}  "
             f"grad {row['grad_norm'] or math.nan:.3f}  {row['tokens_per_s']:,.0f} tok/s  {row['mem_gib']:.2f} GiB"

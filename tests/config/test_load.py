@@ -231,6 +231,16 @@ def test_all_problems_are_reported_at_once():
     assert len(text.splitlines()) == 1 + 5
 
 
+def test_rows_that_the_processes_cannot_share_are_refused_for_every_stage():
+    stages = ["stages.parts.a={tokens: 8192, seq_len: 512, mixture: {}, rope_factor: 1.0}",
+              "stages.parts.b={tokens: null, seq_len: 2048, mixture: {}, rope_factor: 1.0}"]  # fmt: skip
+    load_config(stages, processes=2)
+    with pytest.raises(ConfigError, match=r"1 problem .*\n  stages.parts.b: 2 rows of 2048 tokens .* the 4 processes"):
+        load_config(stages, processes=4)
+    with pytest.raises(ConfigError, match=r"trainer.batch_rows=8 is not a multiple of the 3 processes"):
+        load_config([], processes=3)
+
+
 def test_all_wrong_overrides_are_reported_at_once():
     text = refusal("attention=nsaa", "+seed=1", "hydra.verbose=true")
     assert len(text.splitlines()) == 4

@@ -1,13 +1,16 @@
 """What ends a run early: signals that only raise a flag, and bad steps in a row."""
 
+import json
 import os
 import signal
 
 import pytest
+import torch
 
+from nsa_train.config.load import load_config
 from nsa_train.errors import DivergedError
 from nsa_train.train import guards
-from nsa_train.train.guards import BadSteps, StopSignals
+from nsa_train.train.guards import BadSteps, Spikes, StopSignals
 
 
 @pytest.fixture
@@ -65,3 +68,42 @@ def test_only_bad_steps_in_a_row_stop_a_run():
     bad_steps.note(8, True)
     with pytest.raises(DivergedError, match="in 3 steps in a row, up to step 9"):
         bad_steps.note(9, True)
+
+
+def spikes(window=4, sigmas=3.0):
+    trainer = load_config([f"trainer.spike_window={window}", f"trainer.spike_sigmas={sigmas}"]).trainer
+    return Spikes(trainer, torch.device("cpu"))
+
+
+def feed(window, losses):
+    for loss in losses:
+        window.note(torch.tensor(loss))
+
+
+def test_a_jump_is_measured_by_the_last_losses_and_only_when_there_are_enough():
+    window = spikes()
+    feed(window, [2.0, 2.1, 2.0])
+    assert not window.is_spike(torch.tensor(9.0))
+    feed(window, [2.1])
+    assert window.is_spike(torch.tensor(2.3))
+    assert not window.is_spike(torch.tensor(2.2))
+    assert not window.is_spike(torch.tensor(float("nan")))  # that is DeepSpeed's to find
+    feed(window, [9.0, 9.1, 9.0, 9.1])
+    assert not window.is_spike(torch.tensor(9.2))
+    window.forget()
+    assert not window.is_spike(torch.tensor(99.0))
+
+
+def test_a_restored_window_goes_on_as_it_would_have():
+    one, other = spikes(), spikes()
+    feed(one, [2.0, 2.1, 2.3, 2.2, 2.1])
+    other.load_state(json.loads(json.dumps(one.state())))
+    for window in (one, other):
+        feed(window, [2.4])
+    assert one.state() == other.state()
+
+
+def test_without_sigmas_nothing_is_a_jump():
+    window = spikes(sigmas=0)
+    feed(window, [2.0, 2.1, 2.0, 2.1])
+    assert not window.is_spike(torch.tensor(99.0))

@@ -1,15 +1,17 @@
-"""The same runs as a user starts them: `python -m nsa_train` and torchrun, in processes of their own."""
+"""The same runs as a user starts them, by the launchers in scripts/, in processes of their own."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from launch import PATIENCE_S, SMALL, free_port, has_step, losses, summary, wait_until
 
 pytestmark = pytest.mark.process
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 ALONE = [sys.executable, "-m", "nsa_train"]
 
 
@@ -19,28 +21,170 @@ def start(command, tmp_path):
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def test_ctrl_c_under_torchrun_with_two_processes_and_on_with_one(corpus, tmp_path, whole):
+@pytest.fixture
+def words(corpus, tmp_path):
+    return [*SMALL, *corpus, f"runs_dir={tmp_path}", "name=run"]
+
+
+def launcher(name, *options):
+    return [str(SCRIPTS / f"train_{name}.sh"), *map(str, options)]
+
+
+def logged(run):
+    return "".join(path.read_text() for path in (run / "logs").glob("*.log"))
+
+
+def test_ctrl_c_under_torchrun_with_two_processes_and_on_under_deepspeed(words, tmp_path, whole):
     run, output = tmp_path / "run", tmp_path / "output"
-    words = ["train", *SMALL, *corpus, f"runs_dir={tmp_path}", "name=run"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    two = start([*torchrun, "-m", "nsa_train", *words], tmp_path)
+    torchrun = start([*launcher("torchrun", "--processes", 2), *words], tmp_path)
     try:
-        wait_until(lambda: has_step(run, 1) or two.poll() is not None)
-        os.killpg(two.pid, signal.SIGINT)
-        assert two.wait(PATIENCE_S) != 0, output.read_text()
+        wait_until(lambda: has_step(run, 1) or torchrun.poll() is not None)
+        os.killpg(torchrun.pid, signal.SIGINT)
+        assert torchrun.wait(PATIENCE_S) == 75, output.read_text()
     finally:
-        two.kill()
+        torchrun.kill()
     stopped = summary(run)
     assert (stopped["status"], stopped["exit_code"]) == ("interrupted", 75), output.read_text()
     assert 1 <= stopped["steps"] < 12
     assert json.loads((run / "manifest.json").read_text())["world_size"] == 2
 
-    one = start([*ALONE, *words], tmp_path)
-    assert one.wait(PATIENCE_S) == 0, output.read_text()
-    assert (
-        f"resumed from {run / 'checkpoints'}/step_{stopped['steps']} at step {stopped['steps']}" in output.read_text()
-    )
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    options = ["--hostfile", tmp_path / "hosts", "--port", free_port()]
+    deepspeed = start([*launcher("deepspeed", *options), *words], tmp_path)
+    assert deepspeed.wait(PATIENCE_S) == 0, output.read_text()
+    resumed = f"resumed from {run / 'checkpoints'}/step_{stopped['steps']} at step {stopped['steps']}"
+    assert resumed in output.read_text()
+    assert resumed in logged(run)
     assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
+
+
+# Slurm, whose commands are played by scripts --------------------------------------------------------------------------
+
+TASKS = """#!{python}
+# srun: start the tasks on this node, hand them the signals that Slurm sends to a step, end with the largest code.
+import os, signal, subprocess, sys
+options = [word for word in sys.argv[1:] if word.startswith("--")]
+output = dict(option[2:].split("=") for option in options)["output"].replace("%N", "node")
+tasks = []
+signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
+for number in range(int(os.environ["SLURM_NTASKS"])):
+    place = {{"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}}
+    command = sys.argv[1 + len(options):]
+    tasks.append(subprocess.Popen(command, env=os.environ | place, stdout=open(output, "a"), stderr=subprocess.STDOUT))
+open("{folder}/srun.pid", "w").write(str(os.getpid()))
+sys.exit(max(task.wait() for task in tasks))
+"""
+ENDING = """#!/bin/sh
+echo '{{"exit_code": {code}}}' > {folder}/run/summary.json
+exit 1
+"""
+CONTROL = """#!/bin/sh
+case "$1" in
+    show) echo 127.0.0.1 ;;
+    requeue) echo "$2" >> {folder}/requeued ;;
+esac
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Environment of a batch script in a job of two tasks; call it with what srun does."""
+
+    def play(srun, **facts):
+        (tmp_path / "bin").mkdir()
+        for name, text in (("srun", srun), ("scontrol", CONTROL)):
+            (tmp_path / "bin" / name).write_text(text.format(folder=tmp_path, python=sys.executable, **facts))
+            (tmp_path / "bin" / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+        for name, value in {"JOB_ID": free_port() % 20000, "NTASKS": 2, "JOB_NODELIST": "node"}.items():
+            monkeypatch.setenv(f"SLURM_{name}", str(value))
+        monkeypatch.setenv("SLURM_SUBMIT_DIR", str(SCRIPTS.parent))
+
+    return play
+
+
+def requeued(tmp_path):
+    return (tmp_path / "requeued").read_text().split() if (tmp_path / "requeued").exists() else []
+
+
+def test_a_preempted_slurm_job_requeues_itself_and_goes_on_with_the_same_losses(words, slurm, tmp_path, whole):
+    slurm(TASKS)
+    run, output, ids = tmp_path / "run", tmp_path / "output", [os.environ["SLURM_JOB_ID"]]
+    job = start([*launcher("slurm"), *words], tmp_path)
+    try:
+        wait_until(lambda: has_step(run, 1) or job.poll() is not None)
+        os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGUSR1)
+        assert job.wait(PATIENCE_S) == 75, output.read_text() + logged(run)
+    finally:
+        job.kill()
+    assert requeued(tmp_path) == ids
+    again = start([*launcher("slurm"), *words], tmp_path)
+    assert again.wait(PATIENCE_S) == 0, output.read_text() + logged(run)
+    assert requeued(tmp_path) == ids
+    assert "resumed from" in (run / "logs" / "node.log").read_text()
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
+
+
+@pytest.mark.parametrize(("code", "again"), [(75, True), (19, True), (18, False), (17, False), (20, False), (1, False)])
+def test_the_runs_own_exit_code_decides_whether_a_slurm_job_is_requeued(code, again, words, slurm, tmp_path):
+    slurm(ENDING, code=code)
+    done = subprocess.run([*launcher("slurm"), *words], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert bool(requeued(tmp_path)) == again
+
+
+# Before anything starts -----------------------------------------------------------------------------------------------
+
+
+def options_of(name, tmp_path):
+    (tmp_path / "hosts").write_text("one slots=2\n# two slots=8\nthree slots=1\n")
+    return {
+        "torchrun": ["--nodes", 3, "--processes", 1, "--head", "one:29400"],
+        "deepspeed": ["--hostfile", tmp_path / "hosts"],
+        "slurm": [],
+    }[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("torchrun", "--rdzv-endpoint one:29400 --rdzv-id run --nproc-per-node 1 -m nsa_train train"),
+        ("deepspeed", "--no_local_rank --module nsa_train train"),
+        ("slurm", "--output={run}/logs/%N.log"),
+    ],
+)
+def test_a_dry_run_shows_what_it_would_start_and_starts_nothing(name, shown, words, tmp_path):
+    command = launcher(name, "--dry-run", *options_of(name, tmp_path))
+    rows = f"trainer.batch_rows={8 if name == 'slurm' else 3}"
+    done = subprocess.run([*command, *words, rows], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert shown.format(run=tmp_path / "run") in done.stdout
+    assert rows in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["torchrun", "deepspeed", "slurm"])
+def test_a_launcher_refuses_a_wrong_configuration_before_anything_starts(name, words, tmp_path):
+    command = launcher(name, *options_of(name, tmp_path))
+    done = subprocess.run([*command, *words, "trainer.step=1"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "2 problems in the configuration" in done.stderr
+    assert f"is not a multiple of the {8 if name == 'slurm' else 3} processes" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (launcher("torchrun", "--nodes", 2), "--nodes 2 needs --head"),
+        (launcher("deepspeed"), "--hostfile '' names no node"),
+        (launcher("deepspeed", "--hostfile", "/nowhere"), "--hostfile '/nowhere' names no node"),
+    ],
+)
+def test_a_launcher_says_what_it_lacks(command, said):
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
 
 
 @pytest.mark.parametrize(

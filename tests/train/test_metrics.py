@@ -20,6 +20,8 @@ def row(step, loss=1.0):
         "loss": loss,
         "lr": 0.1,
         "grad_norm": 1.0,
+        "skipped": False,
+        "spike": False,
         "tokens_per_s": 1.0,
         "mem_gib": 0,
     }

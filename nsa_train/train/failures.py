@@ -1,0 +1,58 @@
+"""How a run that fails ends: the first error of any rank is the one that all of them report."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nsa_train import runtime
+from nsa_train.errors import Interrupted, NsaTrainError, OtherRankFailed, StorageError
+
+FIRST_FAILURE = ".failure.json"  # in the run folder: {"rank", "exit_code", "message"} of the rank that failed first
+
+
+def failure_of(error: BaseException, run_dir: Path) -> BaseException:
+    """What a rank raises for `error`.
+
+    A full disk as StorageError, a Ctrl-C that stops at once as Interrupted, what another rank's end brought about as
+    OtherRankFailed with that rank's words, any other error as it is.
+    """
+    failure = error
+    if isinstance(error, OSError) and error.errno in runtime.STORAGE_ERRORS:
+        failure = StorageError(f"{error.filename or 'the disk'}: {error.strerror}; make room there and run again")
+    elif isinstance(error, KeyboardInterrupt):
+        failure = Interrupted("stopped at once; the same command goes on from the last checkpoint, if there is one")
+    first = _first(failure, run_dir) if runtime.world_size() > 1 else None
+    if first and not isinstance(failure, NsaTrainError):
+        failure = OtherRankFailed(f"rank {first['rank']} failed first: {first['message']}", first["exit_code"])
+    if failure is not error:
+        failure.__cause__ = error
+    return failure
+
+
+def ending_of(failure: BaseException) -> dict[str, Any]:
+    """status and exit_code for summary.json."""
+    code = _code(failure)
+    return {"status": "interrupted" if code == Interrupted.exit_code else "failed", "exit_code": code}
+
+
+def _code(failure: BaseException) -> int:
+    return failure.exit_code if isinstance(failure, NsaTrainError) else 1
+
+
+def _first(failure: BaseException, run_dir: Path) -> dict[str, Any] | None:
+    """Another rank's failure that was there before this one; where there is none, this one is noted."""
+    path, own = run_dir / FIRST_FAILURE, run_dir / f"{FIRST_FAILURE}.{runtime.rank()}"
+    message = str(failure) if isinstance(failure, NsaTrainError) else f"{type(failure).__name__}: {failure}"
+    try:
+        own.write_text(json.dumps({"rank": runtime.rank(), "exit_code": _code(failure), "message": message}))
+        os.link(own, path)  # whole, and only for the first
+    except FileExistsError:
+        return json.loads(path.read_text())
+    except OSError:
+        pass  # a disk that takes no note: every rank speaks for itself
+    finally:
+        own.unlink(missing_ok=True)
+    return None

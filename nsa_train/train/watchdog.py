@@ -1,0 +1,142 @@
+"""A process beside each rank that ends it when nothing happens any more, after writing where every thread stands.
+
+It is a process because a rank that is stopped, or that hangs while it holds Python's lock, runs no thread of its own.
+The rank sends a byte when a step, a validation or a checkpoint has ended. After `hang_s` seconds without one its stacks
+go to `stacks_rank_<r>.txt` and the rank ends with 19. All ranks end their steps together, so a hung one stops all of
+them, and each watchdog writes its own rank's stacks: the rank that hangs is the one that waits for no other.
+
+It also ends a rank that waits for one that has failed, which NCCL would do for ever.
+Run as a script it is the watching side, which imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+HANG = 19
+POLL_S = 0.5
+STACKS_S = 2.0  # for stacks to arrive, and for the other ranks' watchdogs to see the same hang
+OBEY_S = 5.0  # for a rank to end by itself
+FAILED_FIRST_S = 5.0  # until a rank has noticed that another one failed; later it never will
+
+
+class Watchdog:
+    """The rank's side."""
+
+    def __init__(self, run_dir: Path, hang_s: float, rank: int, first_failure: str) -> None:
+        command = [
+            sys.executable,
+            "-I",
+            __file__,
+            str(os.getpid()),
+            str(hang_s),
+            str(run_dir),
+            str(rank),
+            first_failure,
+        ]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        assert self._process.stdin
+        self._pipe = self._process.stdin
+        faulthandler.register(signal.SIGUSR2, file=self._pipe, all_threads=True)
+        threading.Thread(target=self._obey, daemon=True).start()
+
+    def beat(self) -> None:
+        """Something has ended."""
+        with contextlib.suppress(BrokenPipeError):  # a run goes on without its watchdog
+            os.write(self._pipe.fileno(), b".")
+
+    def stop(self) -> None:
+        faulthandler.unregister(signal.SIGUSR2)
+        self._pipe.close()
+        self._process.wait()
+
+    def _obey(self) -> None:
+        """End with the code that the watchdog says, whatever the main thread waits for."""
+        assert self._process.stdout
+        if code := self._process.stdout.readline():
+            os._exit(int(code))
+
+
+class _Watched:
+    """The watching side."""
+
+    def __init__(self, pid: int, hang_s: float, run_dir: Path, rank: int, first_failure: Path) -> None:
+        self.pid, self.hang_s, self.run_dir, self.rank, self.first_failure = pid, hang_s, run_dir, rank, first_failure
+
+    @property
+    def alive(self) -> bool:
+        return os.getppid() == self.pid
+
+    def watch(self) -> None:
+        """Until the rank has ended, by itself or from here."""
+        beat, failed = time.monotonic(), None
+        while self.alive:
+            now = time.monotonic()
+            if select.select([0], [], [], POLL_S)[0]:
+                if not os.read(0, 65536):
+                    return
+                beat = now
+            elif now - beat > self.hang_s:
+                return self.end_hang()
+            elif self.first_failure.exists():
+                failed = failed or now
+                if now - failed > FAILED_FIRST_S:
+                    return self.end_as_the_first()
+
+    def end_hang(self) -> None:
+        place = self.run_dir / f"stacks_rank_{self.rank}.txt"
+        place.write_bytes(self.stacks())
+        self.end(
+            HANG, f"no step, validation or checkpoint ended in {self.hang_s:g} s (parallel.hang_s); stacks: {place}"
+        )
+
+    def end_as_the_first(self) -> None:
+        first = json.loads(self.first_failure.read_text())
+        if first["rank"] != self.rank:
+            self.end(first["exit_code"], f"rank {first['rank']} failed first: {first['message']}")
+
+    def stacks(self) -> bytes:
+        """What faulthandler writes into the pipe of the beats when the signal comes; a stopped rank is woken for it."""
+        os.kill(self.pid, signal.SIGUSR2)
+        os.kill(self.pid, signal.SIGCONT)
+        found, deadline = b"", time.monotonic() + STACKS_S
+        while (left := deadline - time.monotonic()) > 0:
+            if select.select([0], [], [], left)[0]:
+                found += (part := os.read(0, 65536))
+                if not part:
+                    break
+        time.sleep(max(0.0, left))
+        return found
+
+    def end(self, code: int, message: str) -> None:
+        print(f"error: rank {self.rank} on {os.uname().nodename}: {message}", file=sys.stderr, flush=True)
+        if self.rank == 0:
+            self.summarise(code)
+        print(code, flush=True)
+        deadline = time.monotonic() + OBEY_S
+        while self.alive and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if self.alive:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def summarise(self, code: int) -> None:
+        """summary.json, which the rank cannot write any more."""
+        place, aside = self.run_dir / "summary.json", self.run_dir / ".summary.json.tmp"
+        before = json.loads(place.read_text()) if place.exists() else {"steps": 0}
+        aside.write_text(json.dumps({**before, "status": "failed", "exit_code": code}, indent=1) + "\n")
+        os.replace(aside, place)
+
+
+if __name__ == "__main__":
+    pid, hang_s, run_dir, rank, first_failure = sys.argv[1:]
+    _Watched(int(pid), float(hang_s), Path(run_dir), int(rank), Path(run_dir) / first_failure).watch()

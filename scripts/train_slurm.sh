@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=nsa_train
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# Train under Slurm, one task a GPU; from the checkout's root: sbatch [--nodes=4 ...] scripts/train_slurm.sh [key=value ...]
+# See what would start, anywhere: scripts/train_slurm.sh --dry-run [key=value ...]
+#
+# Five minutes before its time ends, or when it is preempted, the run writes a checkpoint and ends with 75. Then, and
+# after a hang (19), the job puts itself into the queue again and goes on; any other end is final.
+source "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}/scripts/launch_common.sh"
+[ "${1:-}" != --dry-run ] || { dry_run=yes && shift; }
+
+check "${SLURM_NTASKS:-8}" "$@"
+# Expanded by each task.
+# shellcheck disable=SC2016
+as_rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"'
+command=(srun --kill-on-bad-exit=1 --output="$run_dir/logs/%N.log" --open-mode=append
+    bash -c "$as_rank" rank "$python" -m nsa_train train "$@")
+announce "$run_dir/logs/<node>.log" "${command[@]}"
+
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+trap : TERM USR1 # they are meant for the tasks; this script stays to decide
+"${command[@]}"
+code=$(real_code $?)
+case $code in
+    75 | 19) scontrol requeue "$SLURM_JOB_ID" ;;
+esac
+exit "$code"

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Train with torchrun, on this node, or on several: then start the same line on each of them.
+#
+#   scripts/train_torchrun.sh [--dry-run] [--processes N] [--nodes N --head HOST:PORT] [key=value ...]
+#
+# processes: on each node, by default one a GPU. head: where the nodes meet, any free port of one of them.
+source "$(dirname "${BASH_SOURCE[0]}")/launch_common.sh"
+gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU')
+processes=$((gpus ? gpus : 1)) nodes=1 head=
+while [ $# -gt 0 ]; do
+    case $1 in
+        --dry-run) dry_run=yes ;;
+        --processes) processes=$2 && shift ;;
+        --nodes) nodes=$2 && shift ;;
+        --head) head=$2 && shift ;;
+        *) break ;;
+    esac
+    shift
+done
+if [ "$nodes" != 1 ] && [ -z "$head" ]; then
+    echo "error: --nodes $nodes needs --head HOST:PORT, where they meet" >&2
+    exit 2
+fi
+
+check $((nodes * processes)) "$@"
+meet=(--standalone)
+[ "$nodes" = 1 ] || meet=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$head" --rdzv-id "$(basename "$run_dir")")
+run "$python" -m torch.distributed.run "${meet[@]}" --nproc-per-node "$processes" -m nsa_train train "$@"

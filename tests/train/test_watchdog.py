@@ -1,0 +1,121 @@
+"""A rank that hangs ends the job with 19 and everybody's stacks; one that fails ends it with its own words."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from functools import partial
+
+import pytest
+from launch import MICRO_BATCHES, signal_at, summary
+
+pytestmark = pytest.mark.process
+ENGINE = "nsa_train.parallel.engine:Engine"
+HANG = "parallel.hang_s=4"
+SOON_S = 60.0
+
+
+def on_rank(rank, what, *arguments):
+    """Only this rank is tampered with."""
+    if int(os.environ.get("RANK", "0")) == rank:
+        what(*arguments)
+
+
+def do_at(step, what):
+    """Call `what` in the forward pass of a training step, counted from 1."""
+    from nsa_train import runtime
+    from nsa_train.model.transformer import Transformer
+
+    forward, calls = Transformer.forward, []
+
+    def tampered(self, *args, **kwargs):
+        if self.training:
+            calls.append(None)
+            if len(calls) == (step - 1) * MICRO_BATCHES // runtime.world_size() + 1:
+                what()
+        return forward(self, *args, **kwargs)
+
+    Transformer.forward = tampered
+
+
+def sleep_for_ever():
+    time.sleep(10**6)
+
+
+def search_with_pythons_lock():
+    re.match("(a+)+$", "a" * 99 + "b")  # never ends, and no other thread of the process runs meanwhile
+
+
+def stop_itself():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def fail():
+    raise RuntimeError("planted")
+
+
+def wait_for_a_failed_rank(run):
+    (run / ".failure.json").write_text('{"rank": 3, "exit_code": 20, "message": "its disk is full"}')
+    sleep_for_ever()
+
+
+@pytest.mark.parametrize(("how", "code"), [(search_with_pythons_lock, -9), (stop_itself, 19)])
+def test_a_hung_rank_is_found_stacks_are_written_and_the_job_ends_with_19(how, code, train_ranks, tmp_path):
+    started = time.monotonic()
+    jobs = train_ranks(2, HANG, before=partial(on_rank, 1, do_at, 5, how))
+    assert [job.wait() for job in jobs] == [19, code]
+    assert time.monotonic() - started < SOON_S
+    run = tmp_path / "run"
+    assert (summary(run)["status"], summary(run)["exit_code"]) == ("failed", 19)
+    hung = (run / "stacks_rank_1.txt").read_text()
+    assert how.__name__ in hung
+    waiting = (run / "stacks_rank_0.txt").read_text()
+    assert how.__name__ not in waiting
+    assert "_train" in waiting
+    assert f"checkpoint ended in 4 s (parallel.hang_s); stacks: {run / 'stacks_rank_1.txt'}" in jobs[1].text
+
+
+def test_one_process_that_hangs_ends_with_19_too(train, tmp_path):
+    assert train(HANG, before=partial(do_at, 5, sleep_for_ever)).wait() == 19
+    assert summary(tmp_path / "run")["exit_code"] == 19
+
+
+def test_a_run_that_works_leaves_no_watchdog_and_no_stacks(train, tmp_path):
+    job = train("trainer.steps=2")
+    assert job.wait() == 0
+    run = tmp_path / "run"
+    assert not list(run.glob("stacks*"))
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert not [line for line in listed.splitlines() if "watchdog.py" in line and str(run) in line]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_ends_the_job_with_its_own_error(rank, train_ranks, tmp_path):
+    started = time.monotonic()
+    jobs = train_ranks(2, before=partial(on_rank, rank, do_at, 5, fail))
+    assert [job.wait() for job in jobs] == [1, 1]
+    assert time.monotonic() - started < SOON_S
+    assert "RuntimeError: planted" in jobs[rank].text
+    assert summary(tmp_path / "run")["exit_code"] == 1
+    assert "Traceback" not in jobs[1 - rank].text
+    if rank == 1:
+        assert "error: rank 1 failed first: RuntimeError: planted\n" in jobs[0].text
+
+
+def test_a_killed_rank_ends_the_job_soon(train_ranks):
+    started = time.monotonic()
+    kill = partial(signal_at, ENGINE, "backward", 5, signal.SIGKILL)
+    jobs = train_ranks(2, before=partial(on_rank, 1, kill))
+    assert [job.wait() for job in jobs] == [1, -9]
+    assert time.monotonic() - started < SOON_S
+    assert re.search("closed by peer|reset by peer", jobs[0].text)
+
+
+def test_a_rank_that_waits_for_one_that_failed_is_ended_with_the_others_code(train, tmp_path):
+    """As with NCCL, whose collectives do not notice that a rank has gone."""
+    run = tmp_path / "run"
+    job = train(before=partial(do_at, 5, partial(wait_for_a_failed_rank, run)))
+    assert job.wait() == 20
+    assert "rank 3 failed first: its disk is full" in job.text
+    assert summary(run)["exit_code"] == 20
