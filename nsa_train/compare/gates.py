@@ -37,7 +37,7 @@ ROWS, ROW_TOKENS = 8, 256  # of their batches
 LEAST_STEPS = 1500  # before which a leak through overlapping compressed blocks may not show
 LEAK_NATS = 0.005  # below ln V
 HELDOUT_ROWS = 256
-INITIAL_NATS = 0.05  # around ln V
+INITIAL_NATS = 0.05  # around that of a guess
 OVERFIT_STEPS, OVERFIT_ROWS, OVERFIT_NATS = 300, 2, 0.1
 EQUAL_STEPS = 20
 LATE_PLACES = 24  # of the borders, whose gradients are looked at: late ones, where every branch leaves tokens out
@@ -192,11 +192,14 @@ def later_gradient(subject: Subject) -> Finding:
 
 @torch.no_grad()
 def initial_loss(subject: Subject) -> Finding:
-    """An untrained model guesses."""
+    """An untrained model guesses. Its logits, of variance M init_std^2, add half of that to ln V."""
     model, vocab = subject.place(subject.model()), subject.config.model.vocab
+    expected = subject.config.model.width * subject.config.model.init_std**2 / 2
     case = subject.random((ROW_TOKENS,) * ROWS, vocab, "initial")
     gap = float(subject.losses(model, case).sum() / (case[1] != NO_LABEL).sum()) - math.log(vocab)
-    return Finding(abs(gap) <= INITIAL_NATS, f"ln V {gap:+.4f}", f"ln V ± {INITIAL_NATS}")
+    return Finding(
+        abs(gap - expected) <= INITIAL_NATS, f"ln V {gap:+.4f}", f"ln V {expected:+.4f} ± {INITIAL_NATS}"
+    )  # fmt: skip
 
 
 # Equivalences ---------------------------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ def test_a_compressed_block_that_is_seen_a_token_early_is_found(gate, arm):
 
 def test_an_initial_loss_far_from_a_guess_is_found():
     assert find("initial loss").passed
+    assert find("initial loss", "model.width=256").passed  # whose random logits add 0.05 nats
     assert not find("initial loss", "model.init_std=0.5").passed
 
 
