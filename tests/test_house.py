@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 from nsa_train.cli import main
 from nsa_train.config.load import load_config
-from nsa_train.plan import plan
+from nsa_train.plan.report import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

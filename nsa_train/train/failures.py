@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -54,5 +55,6 @@ def _first(failure: BaseException, run_dir: Path) -> dict[str, Any] | None:
     except OSError:
         pass  # a disk that takes no note: every rank speaks for itself
     finally:
-        own.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            own.unlink()
     return None

@@ -186,6 +186,7 @@ class _Run:
             self._after_step(row)
         self._enter(self.config.trainer.steps - 1)
         self._measure_documents()
+        self.watchdog.beat()
         if self.config.trainer.export:
             weights = self.engine.whole_weights()
             tokenizer, target = self.corpus / self.facts["tokenizer"], self.folder.path / "export"

@@ -12,6 +12,7 @@ Run as a script it is the watching side, which imports nothing but the standard 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import os
@@ -24,6 +25,7 @@ import time
 from pathlib import Path
 
 HANG = 19
+BEAT, END = b".", b"q"
 POLL_S = 0.5
 STACKS_S = 2.0  # for stacks to arrive, and for the other ranks' watchdogs to see the same hang
 OBEY_S = 5.0  # for a rank to end by itself
@@ -53,11 +55,13 @@ class Watchdog:
     def beat(self) -> None:
         """Something has ended."""
         with contextlib.suppress(BrokenPipeError):  # a run goes on without its watchdog
-            os.write(self._pipe.fileno(), b".")
+            os.write(self._pipe.fileno(), BEAT)
 
     def stop(self) -> None:
         faulthandler.unregister(signal.SIGUSR2)
-        self._pipe.close()
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._pipe.fileno(), END)  # a process forked from this one may keep the pipe open
+            self._pipe.close()
         self._process.wait()
 
     def _obey(self) -> None:
@@ -83,7 +87,8 @@ class _Watched:
         while self.alive:
             now = time.monotonic()
             if select.select([0], [], [], POLL_S)[0]:
-                if not os.read(0, 65536):
+                found = os.read(0, 65536)
+                if not found or found.endswith(END):
                     return
                 beat = now
             elif now - beat > self.hang_s:
@@ -95,7 +100,9 @@ class _Watched:
 
     def end_hang(self) -> None:
         place = self.run_dir / f"stacks_rank_{self.rank}.txt"
-        place.write_bytes(self.stacks())
+        stacks = self.stacks()
+        with contextlib.suppress(OSError):  # a full disk must not keep a hung rank alive
+            place.write_bytes(stacks)
         self.end(
             HANG, f"no step, validation or checkpoint ended in {self.hang_s:g} s (parallel.hang_s); stacks: {place}"
         )
@@ -106,8 +113,11 @@ class _Watched:
             self.end(first["exit_code"], f"rank {first['rank']} failed first: {first['message']}")
 
     def stacks(self) -> bytes:
-        """What faulthandler writes into the pipe of the beats when the signal comes; a stopped rank is woken for it."""
-        os.kill(self.pid, signal.SIGUSR2)
+        """What faulthandler writes into the pipe of the beats when the signal comes; a stopped rank is woken for it.
+
+        The signal is for the main thread: it writes before it does anything else.
+        """
+        ctypes.CDLL(None).tgkill(self.pid, self.pid, int(signal.SIGUSR2))
         os.kill(self.pid, signal.SIGCONT)
         found, deadline = b"", time.monotonic() + STACKS_S
         while (left := deadline - time.monotonic()) > 0:
@@ -116,12 +126,13 @@ class _Watched:
                 if not part:
                     break
         time.sleep(max(0.0, left))
-        return found
+        return found.strip(BEAT + END)
 
     def end(self, code: int, message: str) -> None:
         print(f"error: rank {self.rank} on {os.uname().nodename}: {message}", file=sys.stderr, flush=True)
         if self.rank == 0:
-            self.summarise(code)
+            with contextlib.suppress(OSError, ValueError):
+                self.summarise(code)
         print(code, flush=True)
         deadline = time.monotonic() + OBEY_S
         while self.alive and time.monotonic() < deadline:

@@ -9,7 +9,7 @@ from nsa_train.cli import main
 from nsa_train.compare.levels import levels, reached, secondary
 from nsa_train.compare.runs import Arms, Run
 from nsa_train.compare.statistics import Difference
-from nsa_train.plan import training_flops
+from nsa_train.plan.flops import training_flops
 
 PASSED = [
     {"experiment": "tiny", "arm": arm, "gate": "future", "passed": True, "found": "0", "demanded": "0"}

@@ -10,6 +10,9 @@ from functools import partial
 import pytest
 from launch import MICRO_BATCHES, signal_at, summary
 
+from nsa_train.train.failures import FIRST_FAILURE
+from nsa_train.train.watchdog import Watchdog
+
 pytestmark = pytest.mark.process
 ENGINE = "nsa_train.parallel.engine:Engine"
 HANG = "parallel.hang_s=4"
@@ -88,6 +91,18 @@ def test_a_run_that_works_leaves_no_watchdog_and_no_stacks(train, tmp_path):
     assert not list(run.glob("stacks*"))
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert not [line for line in listed.splitlines() if "watchdog.py" in line and str(run) in line]
+
+
+def test_a_process_that_a_rank_left_behind_does_not_keep_its_watchdog(tmp_path):
+    watchdog = Watchdog(tmp_path, 60, 0, FIRST_FAILURE)
+    heir = os.fork()
+    if not heir:
+        sleep_for_ever()
+    started = time.monotonic()
+    watchdog.stop()
+    os.kill(heir, signal.SIGKILL)
+    os.waitpid(heir, 0)
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize("rank", [0, 1])
