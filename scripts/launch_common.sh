@@ -1,6 +1,7 @@
 # Read by the launchers: the check before anything starts, where the log is, and the run's own exit code.
 set -uo pipefail
-python=${PYTHON:-python}
+python=${PYTHON:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin/python} # `make install` makes it
+[ -x "$(command -v "$python")" ] || python=python3
 dry_run=
 
 # check PROCESSES key=value ...: all breaches of the configuration in one message and exit code 2, else sets run_dir.

@@ -15,6 +15,12 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 ALONE = [sys.executable, "-m", "nsa_train"]
 
 
+@pytest.fixture(autouse=True)
+def this_python(monkeypatch):
+    """Not that of the checkout's .venv, which need not be there."""
+    monkeypatch.setenv("PYTHON", sys.executable)
+
+
 def start(command, tmp_path):
     """A process at the head of its own group, as a terminal would start it; its output goes to a file."""
     with (tmp_path / "output").open("a") as output:
