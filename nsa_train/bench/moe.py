@@ -7,6 +7,7 @@ backward, without shared experts. `load` is `even`, or `skewed`: a few experts a
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +27,7 @@ from nsa_train.model.router import Router
 from nsa_train.ops.experts import routed_experts
 from nsa_train.packing import Packing
 
+CHECKED_TOKENS = 256
 SKEW = 2.0  # added to the scores of an eighth of the experts, as logits
 Layer = Callable[[Tensor], Tensor]  # [T, M] -> [T, M]
 
@@ -49,6 +51,13 @@ class Case:
             self.router[: E // 8, 0] += SKEW
         self.grad = drawn(tokens, width, std=1.0)
         self.members = Packing.from_lengths([tokens]).members().to(device)
+
+    def in_fp32(self, tokens: int) -> Case:
+        """The same weights and the first tokens, each of which stands for itself."""
+        one = copy.copy(self)
+        one.router, one.gate_up, one.down = self.router.float(), self.gate_up.float(), self.down.float()
+        one.x, one.grad, one.members = self.x[:tokens].float(), self.grad[:tokens].float(), self.members[:, :tokens]
+        return one
 
     def ours(self) -> tuple[Layer, list[nn.Parameter]]:
         router = Router(self.width, self.moe).to(self.x.device)
@@ -130,18 +139,14 @@ def peak_gib(work: Callable[[], Any]) -> float:
 
 def rows_of(case: Case, head: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
     """A row for each layer; one that cannot run has `error` in place of figures."""
-    exact = Case(case.moe, case.width, 1, "even", "cpu", torch.float32)
-    for name in ("router", "gate_up", "down", "members"):
-        setattr(exact, name, getattr(case, name).float())
-    checked = slice(0, 256)  # tokens; in a document each of them stands for itself
-    exact.members = Packing.from_lengths([256]).members().to(case.x.device)
-    want = one_pass(*exact.ours(), case.x[checked].float(), case.grad[checked].float())
+    exact = case.in_fp32(CHECKED_TOKENS)
+    want = one_pass(*exact.ours(), exact.x, exact.grad)
     rows: dict[str, dict[str, Any]] = {}
     works: dict[str, Timed] = {}
     for impl, make in LAYERS.items():
         try:
             work = partial(one_pass, *make(case), case.x, case.grad)
-            errors = [relative_error(got[checked], exactly) for got, exactly in zip(work(), want, strict=True)]
+            errors = [relative_error(got[:CHECKED_TOKENS], exactly) for got, exactly in zip(work(), want, strict=True)]
             rows[impl] = {"impl": impl, **head, "rel_err": max(errors), "peak_gib": peak_gib(work)}
             works[impl] = work
         except (RuntimeError, ValueError, TypeError, ImportError) as error:
