@@ -24,16 +24,23 @@ WARPS = 4
 
 
 @triton.jit
-def _swiglu_fwd(
-    gate_up,  # [R, 2 F]
-    out,  # [R, F]
-    R, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+def _gate_up(gate_up, R, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A program's tile of gate_up [R, 2 F]: (rows, columns of F, which of them exist, gate, up), the last two fp32."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     mask = (row < R) & (column < F)
     gate = tl.load(gate_up + row * (2 * F) + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * (2 * F) + F + column, mask=mask, other=0.0).to(tl.float32)
+    return row, column, mask, gate, up
+
+
+@triton.jit
+def _swiglu_fwd(
+    gate_up,  # [R, 2 F]
+    out,  # [R, F]
+    R, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, column, mask, gate, up = _gate_up(gate_up, R, F, ROWS, COLUMNS)
     y = gate * tl.sigmoid(gate) * up
     tl.store(out + row * F + column, y.to(out.dtype.element_ty), mask=mask)
 
@@ -45,11 +52,7 @@ def _swiglu_bwd(
     out,  # [R, 2 F]
     R, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    mask = (row < R) & (column < F)
-    gate = tl.load(gate_up + row * (2 * F) + column, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * (2 * F) + F + column, mask=mask, other=0.0).to(tl.float32)
+    row, column, mask, gate, up = _gate_up(gate_up, R, F, ROWS, COLUMNS)
     d = tl.load(grad + row * F + column, mask=mask, other=0.0).to(tl.float32)
     s = tl.sigmoid(gate)
     d_gate = d * up * s * (1.0 + gate * (1.0 - s))
