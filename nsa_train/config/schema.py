@@ -191,6 +191,7 @@ class DataConfig(SourceConfig):
     on_error: Literal["stop", "skip"]  # at a record or file that cannot be read: end, or go on and count
     near_duplicates: float | None  # leave out documents at least so alike, 0 to 1; null: exact duplicates only
     workers: int  # processes that tokenise; 0: one per core
+    corpus: str | None  # a prepared corpus, in place of the sources; null: prepared from them
     prepared_dir: str  # tokenised corpora and their tokenizers
     tokenizer: str | None  # a SentencePiece .model, a tokenizer.json or its folder; null: trained on the corpus
     tokenizer_kind: Literal["bpe", "unigram"]

@@ -31,17 +31,28 @@ from nsa_train.errors import DataError, Interrupted, StorageError
 WAIT_S = 0.2
 MOST_WORKERS = 16  # unless more are asked for: one process reads for all of them, 50 to 150 MB/s
 SAMPLE_SEED = 0  # of the tokenizer's lines: runs of different seeds share one corpus
-NOT_IN_KEY = ("prepared_dir", "workers", "mixture", *PACKING_KEYS)  # where, how fast, and what the loader does
+NOT_IN_KEY = (
+    "corpus",
+    "prepared_dir",
+    "workers",
+    "mixture",
+    *PACKING_KEYS,
+)  # where, how fast, and what the loader does
 
 
 def prepare(data: DataConfig, vocab: int, progress: Callable[[str], None]) -> Path:
-    """The folder of the tokenised corpus; built on the first call, found again by every later one.
+    """The folder of the tokenised corpus: `data.corpus`, or built on the first call and found again by later ones.
 
     The folder is named after everything that decides its content, so a changed input gets a new folder. A killed call
     leaves its finished shards, and the next one goes on behind them. Other processes that prepare the same corpus
     wait. `progress` gets a line every few seconds.
     Raises DataError for unusable input, StorageError where the folder cannot be written, Interrupted by Ctrl-C.
     """
+    if data.corpus:
+        folder = Path(data.corpus)
+        if (found := read_manifest(folder)["vocab"]) != vocab:
+            raise DataError(f"data.corpus={folder}: its tokenizer has {found} pieces, the model {vocab} (model.vocab)")
+        return folder
     base = Path(data.prepared_dir)
     folder = base / f"{data.name}-{_key(data, vocab)}"
     building = base / f".{folder.name}"

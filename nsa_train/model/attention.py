@@ -15,6 +15,7 @@ from nsa_train.model.layers import apply_rope
 from nsa_train.ops import reference
 from nsa_train.ops.compress import Segments
 from nsa_train.ops.dense import dense_attention
+from nsa_train.ops.linear import linears
 from nsa_train.ops.nsa import nsa_attention
 from nsa_train.ops.statistics import selection_statistics
 from nsa_train.packing import Packing
@@ -67,9 +68,16 @@ class Attention(nn.Module):
             nn.init.zeros_(self.gate.weight)
             nn.init.zeros_(self.gate.bias)
 
-    def gates(self, x: Tensor) -> Tensor:
-        """Eq. 5's g: [T, Hq, branches], in the order of `branches`."""
-        return self.gate(x).sigmoid().unflatten(-1, (self.heads, -1))
+    def project(self, x: Tensor) -> tuple[dict[str, KV], Tensor | None]:
+        """K [T, Hk, D] and V [T, Hk, Dv] by name, and eq. 5's gates [T, Hq, branches] in the order of `branches`."""
+        projections = [projection for kv in self.kv.values() for projection in (kv.k, kv.v)]
+        projections += [self.gate] if self.config.gate else []
+        parts = linears(x, [projection.weight for projection in projections])
+        heads = [part.unflatten(-1, (self.kv_heads, -1)) for part in parts]
+        raw = {name: (heads[2 * i], heads[2 * i + 1]) for i, name in enumerate(self.kv)}
+        if not self.config.gate:
+            return raw, None
+        return raw, (parts[-1] + self.gate.bias).sigmoid().unflatten(-1, (self.heads, -1))
 
     def layout(self, packing: Packing, angles: Angles) -> Layout:
         """Of a batch, for all layers of the model."""
@@ -82,8 +90,7 @@ class Attention(nn.Module):
         """x [T, M] normed layer input -> [T, M]; a probe is filled with this layer's statistics."""
         packing, angles = layout.packing, layout.angles
         q = apply_rope(self.q(x).unflatten(-1, (self.heads, -1)), angles)
-        raw = {name: project(x) for name, project in self.kv.items()}
-        gates = self.gates(x) if self.config.gate else None
+        raw, gates = self.project(x)
         if probe is not None and gates is not None:
             probe["gates"] = dict(zip(self.config.branches, gates.float().mean((0, 1)).tolist(), strict=True))
         if len(self.config.branches) > 1:

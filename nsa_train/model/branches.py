@@ -28,16 +28,12 @@ def kv_name(branch: str, attention: AttentionConfig) -> str:
 
 
 class KeyValue(nn.Module):
-    """One K and one V projection: [T, M] -> [T, Hk, D], [T, Hk, Dv]."""
+    """Weights of one K and one V projection; `Attention.project` multiplies those of all branches at once."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         self.k = nn.Linear(model.width, model.kv_heads * model.key_dim, bias=False)
         self.v = nn.Linear(model.width, model.kv_heads * model.value_dim, bias=False)
-        self.heads = model.kv_heads
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.k(x).unflatten(-1, (self.heads, -1)), self.v(x).unflatten(-1, (self.heads, -1))
 
 
 class MeanPhi(nn.Module):

@@ -2,8 +2,8 @@
 
 On a GPU the backend is chosen by shape and forced, never left to a silent fallback:
 
-    cudnn      SDPA, document by document; the fastest here, and the only one with key and value widths that differ
-    varlen     FlashAttention-2 over all documents at once, for many short ones, where a call each would cost more
+    cudnn      SDPA, document by document; the fastest for one, and the only one with key and value widths that differ
+    varlen     FlashAttention-2 over all documents at once: a call each would keep the GPU waiting for the host
     flash      FlashAttention-2, document by document
     efficient  SDPA's memory-efficient kernel with an explicit mask; slow, takes everything
     torch      whatever PyTorch picks: CPUs, fp32, fp64
@@ -31,7 +31,9 @@ SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-VARLEN_BELOW_TOKENS = 1024  # mean document length under which one call beats a call a document
+# Documents are padded to a multiple of so many tokens for cuDNN, which makes a plan for every length that it meets:
+# milliseconds, where packs bring new lengths in every batch.
+CUDNN_TOKENS = 512
 
 
 def choose_backend(q: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> str:
@@ -40,8 +42,7 @@ def choose_backend(q: Tensor, v: Tensor, lengths: Sequence[int], window: int | N
         return "torch"
     if window is not None:
         return "varlen" if q.shape[-1] == v.shape[-1] else "efficient"
-    short = sum(lengths) < VARLEN_BELOW_TOKENS * len(lengths)
-    return "varlen" if short and q.shape[-1] == v.shape[-1] else "cudnn"
+    return "varlen" if len(lengths) > 1 and q.shape[-1] == v.shape[-1] else "cudnn"
 
 
 @functools.cache
@@ -71,9 +72,9 @@ def dense_attention(
     G = q.shape[1] // k.shape[1]
     outputs = []
     for qd, kd, vd in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        if len(qd) == 1:  # a lone token sees itself only, and cuDNN refuses it
-            outputs.append(vd.repeat_interleave(G, dim=1))
-            continue
+        L = len(qd)
+        if backend == "cudnn" and L % CUDNN_TOKENS:  # no token sees what is behind it
+            qd, kd, vd = (F.pad(x, (0, 0, 0, 0, 0, -L % CUDNN_TOKENS)) for x in (qd, kd, vd))
         mask = None if window is None or len(qd) <= window else win_visible(len(qd), window, q.device)
         heads = [x.transpose(0, 1)[None] for x in (qd, kd, vd)]  # [1, heads, L, width]
         if backend == "efficient":  # the only one here that refuses grouped heads
@@ -83,7 +84,7 @@ def dense_attention(
         else:
             with sdpa_kernel(SDPA[backend]):
                 o = _sdpa(heads, mask, scale)
-        outputs.append(o[0].transpose(0, 1))
+        outputs.append(o[0].transpose(0, 1)[:L])
     return torch.cat(outputs)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from nsa_train.ops.reference import NSASpec
 
 TOKEN_TILE = 64  # tokens in a tile of the table that forward and dQ kernels take pieces of
+COPIED = 2048  # elements that a program copies
 COLUMNS = 6  # start, end, doc_start, doc_end, doc_cmp, doc_tile
 
 
@@ -65,6 +66,23 @@ def _tile_table(
                 tl.store(table + column * M + at + i, 0 * i, mask=at + i < M)
 
 
+@triton.jit
+def _copy_used_rows(
+    cu_seqlens, x, out, N, WIDTH, ELEMENTS,
+    CMP_BLOCK: tl.constexpr, CMP_STRIDE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """out, ELEMENTS in rows of WIDTH: the rows of x that are compressed keys of a document, zeros behind them."""
+    used = 0
+    for at in range(0, N, BLOCK):
+        i = at + tl.arange(0, BLOCK)
+        there = i < N
+        begin = tl.load(cu_seqlens + i, mask=there, other=0)
+        used += tl.sum(_keys_of(tl.load(cu_seqlens + i + 1, mask=there, other=0) - begin, CMP_BLOCK, CMP_STRIDE), 0)
+    place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    kept = tl.load(x + place, mask=place < used.to(tl.int64) * WIDTH, other=0.0)
+    tl.store(out + place, kept, mask=place < ELEMENTS)
+
+
 def compressed_lengths(cu_seqlens: Tensor, spec: NSASpec) -> Tensor:
     """Compressed keys of each document, int32 [N]: (L - l) // d + 1 where L >= l, else 0."""
     lengths = cu_seqlens.diff()
@@ -85,9 +103,15 @@ class Documents:
         self.cu_seqlens, self.tokens, self.spec = cu_seqlens, T, spec
         self._tables: dict[tuple[int, bool], Tensor] = {}
 
-    def compressed_keys(self) -> Tensor:
-        """Compressed keys of all documents, a number on the device."""
-        return compressed_lengths(self.cu_seqlens, self.spec).sum()
+    def used_rows(self, x: Tensor) -> Tensor:
+        """A copy of compressed keys or values [rows, Hk, width], zeros behind the documents' last one."""
+        out = torch.empty_like(x)
+        if x.numel():
+            _copy_used_rows[(triton.cdiv(x.numel(), COPIED),)](
+                self.cu_seqlens, x, out, self.cu_seqlens.numel() - 1, x.numel() // len(x), x.numel(),
+                self.spec.cmp_block, self.spec.cmp_stride, BLOCK=128, TILE=COPIED,
+            )  # fmt: skip
+        return out
 
     def token_tiles(self, size: int) -> Tensor:
         """Tiles of `size` tokens; M = T // size + N."""

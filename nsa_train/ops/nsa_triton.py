@@ -57,12 +57,6 @@ def _log_plain(name: str, dtype: torch.dtype, G: int, D: int, Dv: int, spec: NSA
     log.info("%s attention runs on its plain Triton kernels for %s, G=%d, %d/%d, %s", name, dtype, G, D, Dv, spec)
 
 
-def _without_tail(k: Tensor, v: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
-    """Compressed keys and values with zeros behind the documents' last one: wide loads may touch those rows."""
-    behind = (torch.arange(k.shape[0], device=k.device) >= documents.compressed_keys())[:, None, None]
-    return k.masked_fill(behind, 0), v.masked_fill(behind, 0)
-
-
 @torch.library.custom_op("nsa_train::nsa_forward", mutates_args=())
 def nsa_forward(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor,
@@ -71,7 +65,7 @@ def nsa_forward(
     """[out, blocks, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win]; shapes as in `nsa_attention`, lse [T, Hq] fp32."""
     sizes = NSASpec(*spec)
     documents = Documents(cu_seqlens, q.shape[0], sizes)
-    k_cmp, v_cmp = _without_tail(k_cmp, v_cmp, documents)
+    k_cmp, v_cmp = documents.used_rows(k_cmp), documents.used_rows(v_cmp)  # wide loads may touch those behind
     o_cmp, lse_cmp = part("compressed", q, k_cmp, v_cmp, sizes).forward(q, k_cmp, v_cmp, documents, sizes, scale)
     if blocks is None:
         blocks = part("select", q, k_cmp, v_cmp, sizes).select_blocks(q, k_cmp, lse_cmp, documents, sizes, scale)
@@ -101,7 +95,7 @@ def nsa_backward(
     """Gradients of q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates."""
     sizes = NSASpec(*spec)
     documents = Documents(cu_seqlens, q.shape[0], sizes)
-    k_cmp, v_cmp = _without_tail(k_cmp, v_cmp, documents)
+    k_cmp, v_cmp = documents.used_rows(k_cmp), documents.used_rows(v_cmp)  # wide loads may touch those behind
     dgates, delta, lse = combine.backward(do, gates, outputs, lses)
     dq = torch.empty_like(q)
     dk_slc, dv_slc = part("selected", q, k_slc, v_slc, sizes).backward(

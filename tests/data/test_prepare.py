@@ -252,3 +252,13 @@ def test_the_standard_library_becomes_a_corpus_of_long_documents(tmp_path):
     assert manifest["train"]["share_past"]["8192"] > 0.5
     assert manifest["heldout"]["tokens"] > 20_000
     assert 5 < manifest["unigram_entropy"] < 7
+
+
+def test_a_corpus_prepared_elsewhere_needs_no_sources(prepared, tmp_path):
+    data, folder = prepared
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    there = dataclasses.replace(data, corpus=str(moved), root=str(tmp_path / "nowhere"), prepared_dir="nowhere")
+    vocab = json.loads((moved / "manifest.json").read_text())["vocab"]
+    assert prepare(there, vocab, quiet) == moved
+    with pytest.raises(DataError, match=f"has {vocab} pieces, the model 999"):
+        prepare(there, 999, quiet)

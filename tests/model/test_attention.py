@@ -66,7 +66,7 @@ def test_full_attention_is_rotated_attention_of_each_document():
     x, layout = inputs(attention)
     packing, angles = layout.packing, layout.angles
     q = apply_rope(attention.q(x).unflatten(-1, (4, 8)), angles)
-    k, v = attention.kv["token"](x)
+    k, v = attention.project(x)[0]["token"]
     k = apply_rope(k, angles)
     parts = [sdpa(*(y[a:b] for y in (q, k, v))) for a, b in packing.cu_seqlens.unfold(0, 2, 1).tolist()]
     want = attention.o(torch.cat(parts).flatten(1))
@@ -95,7 +95,7 @@ def test_scores_of_two_rotated_tokens_depend_on_their_distance_only():
 def test_a_compressed_key_is_rotated_to_its_blocks_first_position():
     attention = layer(nsa(phi="mean"))
     x, layout = inputs(attention)
-    k, v = attention.kv["cmp"](x)
+    k, v = attention.project(x)[0]["cmp"]
     k_cmp, v_cmp = attention._compressed(k, v, layout)
     row, first = 0, 0
     for length in LENGTHS:
@@ -113,7 +113,7 @@ def test_a_compressed_key_is_rotated_to_its_blocks_first_position():
 def test_gates_start_at_one_half(arm):
     made = Attention(MODEL, ARMS[arm])
     made.start()
-    gates = made.gates(torch.randn(7, MODEL.width))
+    gates = made.project(torch.randn(7, MODEL.width))[1]
     assert gates.shape == (7, MODEL.heads, len(ARMS[arm].branches))
     assert (gates == 0.5).all()
 
@@ -195,7 +195,7 @@ def test_a_probe_reports_gates_and_selection():
         attention(*case, probe)
     assert set(probe["gates"]) == {"cmp", "slc", "win"}
     for b, branch in enumerate(NSA.branches):
-        assert probe["gates"][branch] == pytest.approx(float(attention.gates(case[0]).detach()[..., b].mean()))
+        assert probe["gates"][branch] == pytest.approx(float(attention.project(case[0])[1].detach()[..., b].mean()))
     assert 0 < probe["selection"]["forced_mass"] < 1
     assert set(probe["selection"]) == {"forced_mass", "distance_tokens", "neighbour_overlap"}
 

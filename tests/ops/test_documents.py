@@ -51,3 +51,13 @@ def test_the_number_of_tiles_depends_on_sizes_only():
         for lengths in ([640], [1, 1, 1, 1, 636], [128] * 5, [63, 577])
     }
     assert shapes == {(6, 15)}
+
+
+@pytest.mark.parametrize("lengths", PACKS, ids=lambda x: f"{len(x)}docs{sum(x)}")
+def test_rows_behind_the_last_compressed_key_are_zeros_in_the_copy(lengths):
+    packing = Packing.from_lengths(lengths, len(lengths) + 2).to(DEVICE)
+    used = int(compressed_lengths(packing.cu_seqlens, SPEC).sum())
+    x = torch.randn(packing.tokens // SPEC.cmp_stride, 3, 5, device=DEVICE)
+    x[used:] = torch.nan
+    copy = Documents(packing.cu_seqlens, packing.tokens, SPEC).used_rows(x)
+    assert torch.equal(copy[:used], x[:used]) and not copy[used:].any()
