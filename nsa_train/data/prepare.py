@@ -37,7 +37,7 @@ NOT_IN_KEY = (
     "workers",
     "mixture",
     *PACKING_KEYS,
-)  # where, how fast, and what the loader does
+)  # where, how fast, and the loader's part
 
 
 def prepare(data: DataConfig, vocab: int, progress: Callable[[str], None]) -> Path:

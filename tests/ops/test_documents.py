@@ -60,4 +60,5 @@ def test_rows_behind_the_last_compressed_key_are_zeros_in_the_copy(lengths):
     x = torch.randn(packing.tokens // SPEC.cmp_stride, 3, 5, device=DEVICE)
     x[used:] = torch.nan
     copy = Documents(packing.cu_seqlens, packing.tokens, SPEC).used_rows(x)
-    assert torch.equal(copy[:used], x[:used]) and not copy[used:].any()
+    assert torch.equal(copy[:used], x[:used])
+    assert not copy[used:].any()
