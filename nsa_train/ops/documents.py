@@ -79,7 +79,7 @@ def _copy_used_rows(
         begin = tl.load(cu_seqlens + i, mask=there, other=0)
         used += tl.sum(_keys_of(tl.load(cu_seqlens + i + 1, mask=there, other=0) - begin, CMP_BLOCK, CMP_STRIDE), 0)
     place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    kept = tl.load(x + place, mask=place < used.to(tl.int64) * WIDTH, other=0.0)
+    kept = tl.load(x + place, mask=place < used * WIDTH, other=0.0)
     tl.store(out + place, kept, mask=place < ELEMENTS)
 
 
