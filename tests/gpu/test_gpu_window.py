@@ -6,8 +6,9 @@ from helpers import assert_close
 from window_cases import DEVICE, NAMES, computed, expected, inputs, spec
 
 from nsa_train.ops import combine, reference, window, window_hopper
-from nsa_train.ops.compress import KINDS, Segments, compress
+from nsa_train.ops.compress import KINDS, compress
 from nsa_train.ops.nsa import NSASpec
+from nsa_train.ops.segments import Segments
 from nsa_train.packing import Packing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("unwritten_memory_is_poison")]
