@@ -13,9 +13,9 @@ from nsa_train.config.schema import AttentionConfig, ModelConfig
 from nsa_train.model.branches import PHI, KeyValue, kv_name, spec_of
 from nsa_train.model.layers import apply_rope
 from nsa_train.ops import reference
-from nsa_train.ops.segments import Segments
 from nsa_train.ops.dense import dense_attention
 from nsa_train.ops.nsa import nsa_attention
+from nsa_train.ops.segments import Segments
 from nsa_train.ops.statistics import selection_statistics
 from nsa_train.packing import Packing
 

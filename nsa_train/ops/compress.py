@@ -1,7 +1,7 @@
 """Compression phi of packed documents (paper eq. 7): [T, Hk, width] -> compressed keys or values [rows, Hk, width].
 
-Reference: `reference.phi_*` of `reference.compressed_blocks`. Here is the form in plain PyTorch, for any device; on a GPU
-`compress_triton` takes its place, but for gated_pool.
+Reference: `reference.phi_*` of `reference.compressed_blocks`. Plain PyTorch, any device; on a GPU all kinds but
+gated_pool run on the kernels of `compress_triton`.
 
 A block of l = r d tokens is r neighbouring *segments* of d tokens. The segments are gathered once, the only copy of x;
 overlapping blocks are never written out. A first layer W1 concat(block) is the sum over i of W1's i-th column slice

@@ -23,8 +23,8 @@ WARPS = 4
 
 
 @triton.jit
-def _tile(R, D, Hk, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A program's tile of a matrix [R, D]: (its rows, columns, which of both exist; row // Hk, row % Hk), rows int64."""
+def _tile(R, D: tl.constexpr, Hk: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A program's tile of a matrix [R, D]: (rows int64, columns, which of both exist, row // Hk, row % Hk)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     return row, column, row < R, column < D, row // Hk, row % Hk
@@ -37,7 +37,7 @@ def _gather(
     is_segment,  # [rows]  bool
     parts,  # [R, d, D], or None
     sums,  # [R, D]  fp32, or None
-    of_token, of_head, Hk, d, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    of_token, of_head, Hk: tl.constexpr, d: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A program copies a segment of a head, and sums it."""
     row = tl.program_id(0).to(tl.int64)
@@ -65,7 +65,7 @@ def _blocks(
     first_segment, used,  # [rows]  int64, bool
     pre, hidden,  # [R, D], or None
     y,  # [R, D]
-    R, D, Hk, length, r: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    R, Hk: tl.constexpr, D: tl.constexpr, d: tl.constexpr, r: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """pre: a block's products and the bias added up; hidden: silu(pre); y: the mean of its tokens, without sums pre."""
     row, column, exists, inside, block, head = _tile(R, D, Hk, ROWS, COLUMNS)
@@ -85,7 +85,7 @@ def _blocks(
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
         for i in range(r):
             total += tl.load(sums + (segment + i * Hk) * D + column, mask=mask, other=0.0)
-        total /= length
+        total /= r * d
     tl.store(y + at, total.to(y.dtype.element_ty), mask=exists & inside)
 
 
@@ -98,7 +98,7 @@ def _spread(
     used,  # [rows]  bool
     dz,  # [r, R, D]
     dy_used,  # [R, D], or None: dy with zeros where there is no block
-    R, D, Hk, r: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    R, Hk: tl.constexpr, D: tl.constexpr, r: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dz[i]: gradient of the linear map of the block that has the segment as its i-th."""
     row, column, exists, inside, segment, head = _tile(R, D, Hk, ROWS, COLUMNS)
@@ -123,11 +123,12 @@ def _scatter(
     dy,  # [R, D]  of the means, or None
     place, in_segment,  # [T]  int64, bool
     block, in_block,  # [rows, r]  int64, bool
-    dx,  # [T * Hk, D]
-    N, D, Hk, rows, d, length, r: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    dx,  # [T, Hk, D]
+    T, R, Hk: tl.constexpr, D: tl.constexpr, d: tl.constexpr, r: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A token takes the gradient of its place in its segment; N = T * Hk."""
-    row, column, exists, inside, token, head = _tile(N, D, Hk, ROWS, COLUMNS)
+    """A token takes the gradient of its place in its segment."""
+    row, column, exists, inside, token, head = _tile(T * Hk, D, Hk, ROWS, COLUMNS)
     there = tl.load(in_segment + token, mask=exists, other=False)
     mask = there & inside
     own = tl.load(place + token, mask=exists, other=0)
@@ -138,10 +139,10 @@ def _scatter(
             covered = tl.load(in_block + segment * r + i, mask=there, other=False)
             source = tl.load(block + segment * r + i, mask=there, other=0) * Hk + head
             total += tl.load(dy + source * D + column, mask=covered & inside, other=0.0).to(tl.float32)
-        total /= length
+        total /= r * d
     if dparts is not None:
         for i in range(r):
-            source = ((i * rows + segment) * Hk + head) * d + j
+            source = (i * R + segment * Hk + head) * d + j
             total += tl.load(dparts + source * D + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(dx + row * D + column, total.to(dx.dtype.element_ty), mask=exists & inside)
 
@@ -154,8 +155,8 @@ def gather(x: Tensor, segments: Segments, copies: bool, sums: bool) -> tuple[Ten
     parts = x.new_empty(rows * Hk, d * D) if copies else None
     total = x.new_empty(rows * Hk, D, dtype=torch.float32) if sums else None
     _gather[rows * Hk, triton.cdiv(D, COLUMNS)](
-        x, segments.tokens, segments.is_segment, parts, total, x.stride(0), x.stride(1), Hk, d, D,
-        ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+        x, segments.tokens, segments.is_segment, parts, total, x.stride(0), x.stride(1),
+        Hk=Hk, d=d, D=D, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
     )  # fmt: skip
     return parts, total
 
@@ -174,7 +175,7 @@ def blocks(
     pre, hidden = (y.new_empty(R, D) if both else None for _ in range(2))
     _blocks[_grid(R, D)](
         z, bias, sums, segments.first_segment, segments.used, pre, hidden, y,
-        R, D, Hk, segments.length, r=segments.count, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+        R, Hk=Hk, D=D, d=segments.stride, r=segments.count, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
     )  # fmt: skip
     return pre, hidden
 
@@ -184,12 +185,12 @@ def spread(grad: Tensor, pre: Tensor | None, dy: Tensor, segments: Segments) -> 
 
     With `pre` also dy [rows, Hk, D] as [R, D], zeros where there is no block.
     """
-    (rows, Hk, D), R = dy.shape, len(grad)
+    (Hk, D), R = dy.shape[1:], len(grad)
     dz = grad.new_empty(segments.count, R, D)
     dy_used = None if pre is None else torch.empty_like(grad)
     _spread[_grid(R, D)](
         grad, pre, dy, segments.block, segments.in_block, segments.used, dz, dy_used,
-        R, D, Hk, r=segments.count, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+        R, Hk=Hk, D=D, r=segments.count, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
     )  # fmt: skip
     return dz, dy_used
 
@@ -199,8 +200,8 @@ def scatter(dparts: Tensor | None, dy: Tensor | None, dx: Tensor, segments: Segm
     T, Hk, D = dx.shape
     _scatter[_grid(T * Hk, D)](
         dparts, dy, segments.place, segments.in_segment, segments.block, segments.in_block, dx,
-        T * Hk, D, Hk, len(segments.used), segments.stride, segments.length, r=segments.count,
-        ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+        T, len(segments.used) * Hk, Hk=Hk, D=D, d=segments.stride, r=segments.count, ROWS=ROWS, COLUMNS=COLUMNS,
+        num_warps=WARPS,
     )  # fmt: skip
     return dx
 
@@ -224,7 +225,7 @@ class _Phi(torch.autograd.Function):
     def forward(ctx, x, segments, w1, bias, w2):
         r, D = segments.count, x.shape[2]
         parts, sums = gather(x, segments, copies=w1 is not None, sums=w1 is None or w2 is not None)
-        z = None if w1 is None else torch.bmm(parts.expand(r, -1, -1), _slices(w1, r).transpose(1, 2))
+        z = None if parts is None else torch.bmm(parts.expand(r, -1, -1), _slices(w1, r).transpose(1, 2))
         y = x.new_empty(len(segments.used), x.shape[1], D)
         pre, hidden = blocks(z, bias, sums, y, segments)
         if w2 is not None:
@@ -244,9 +245,9 @@ class _Phi(torch.autograd.Function):
         dz, dy_used = spread(grad if w2 is None else grad @ w2, pre, dy, segments)
         dw1 = torch.empty_like(w1)
         torch.bmm(dz.transpose(1, 2), parts.expand(r, -1, -1), out=_slices(dw1, r))
-        dw2 = None if w2 is None else dy_used.t() @ hidden
+        dw2 = None if dy_used is None else dy_used.t() @ hidden
         scatter(torch.bmm(dz, _slices(w1, r)), None if w2 is None else dy, dx, segments)
-        return dx, None, dw1, dz[0].sum(0), dw2  # a block is the first of one segment
+        return dx, None, dw1, dz[0].sum(0), dw2  # z[0] reaches each block once
 
 
 def compress(x: Tensor, segments: Segments, *parameters: Tensor) -> Tensor:

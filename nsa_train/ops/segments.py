@@ -1,6 +1,6 @@
 """Segments of packed documents: the d = cmp_stride tokens that r = l // d neighbouring compression blocks share.
 
-    T  tokens, packed    l  cmp_block    d  cmp_stride    rows = T // d  room for all segments, and for all blocks
+T  tokens, packed    l  cmp_block    d  cmp_stride    rows = T // d  room for all segments, and for all blocks
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret  # Triton's interpreter runs 
 
 
 def on_kernels(x: Tensor) -> bool:
-    """Whether an op with a form in PyTorch beside its kernels runs on these; in torch.compile that form, to be fused."""
+    """Whether an op runs on its kernels, not on its form in PyTorch, which torch.compile fuses with its neighbours."""
     return x.is_cuda and x.dtype in KERNEL_DTYPES and not torch.compiler.is_compiling()
 
 

@@ -10,7 +10,7 @@ from nsa_train.ops import compress_triton
 from nsa_train.ops.reference import NSASpec
 from nsa_train.ops.segments import Segments
 
-WIDTHS = [50, 192]
+WIDTHS = [50, 96, 192]
 T, Hk = 4096, 4
 
 
@@ -18,8 +18,7 @@ def launches(D, dtype=torch.bfloat16):
     spec = NSASpec()
     segments = Segments(torch.empty(9, dtype=torch.int32, device="meta"), T, spec)
     x, w1, bias, w2 = (
-        torch.empty(size, dtype=dtype, device="meta")
-        for size in ((T, Hk, D), (D, spec.cmp_block * D), (D,), (D, D))
+        torch.empty(size, dtype=dtype, device="meta") for size in ((T, Hk, D), (D, spec.cmp_block * D), (D,), (D, D))
     )
     for weights in ((w1, bias, w2), (w1, bias), ()):
         leaves = [leaf.clone().requires_grad_() for leaf in (x, *weights)]
