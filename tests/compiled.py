@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 NAMES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
-    torch.uint8: "u8",
+    torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = 227 * 1024  # bytes of shared memory that a program may use on Hopper

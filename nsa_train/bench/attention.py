@@ -26,11 +26,11 @@ from nsa_train.errors import NsaTrainError
 from nsa_train.model.branches import PHI
 from nsa_train.model.layers import apply_rope, rope_angles
 from nsa_train.ops import combine
-from nsa_train.ops.compress import Segments
 from nsa_train.ops.dense import dense_attention
 from nsa_train.ops.documents import Documents
 from nsa_train.ops.nsa import NSASpec, nsa_attention
 from nsa_train.ops.nsa_triton import part
+from nsa_train.ops.segments import Segments
 from nsa_train.packing import Packing
 
 SPEC = NSASpec()  # the paper's sizes
@@ -62,7 +62,9 @@ class Case:
         for phi in self.phi:
             for parameter in phi.parameters():
                 torch.nn.init.normal_(parameter, std=0.02)
-        self.angles = rope_angles(self.packing.positions, D, 10000.0)
+        self.segments = Segments(self.cu_seqlens, T, SPEC)
+        cos, sin = rope_angles(self.packing.positions, D, 10000.0)
+        self.cmp_angles = cos[self.segments.first_token], sin[self.segments.first_token]
         self.blocks = index_set(indices, packing, Hk, SPEC, torch.device("cuda"))
         self.inputs = [
             self.q,
@@ -75,10 +77,8 @@ class Case:
 
     def compressed(self) -> tuple[Tensor, Tensor]:
         """phi of K and V, and RoPE of the compressed keys."""
-        segments = Segments(self.cu_seqlens, self.shape.T, SPEC)
-        k = self.phi[0](self.raw[0], segments)
-        angles = self.angles[0][segments.first_token], self.angles[1][segments.first_token]
-        return apply_rope(k, angles), self.phi[1](self.raw[1], segments)
+        k, v = (phi(raw, self.segments) for phi, raw in zip(self.phi, self.raw, strict=True))
+        return apply_rope(k, self.cmp_angles), v
 
     def documents(self) -> Documents:
         return Documents(self.cu_seqlens, self.shape.T, SPEC)

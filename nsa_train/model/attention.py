@@ -13,10 +13,10 @@ from nsa_train.config.schema import AttentionConfig, ModelConfig
 from nsa_train.model.branches import PHI, KeyValue, kv_name, spec_of
 from nsa_train.model.layers import apply_rope
 from nsa_train.ops import reference
-from nsa_train.ops.compress import Segments
 from nsa_train.ops.dense import dense_attention
 from nsa_train.ops.linear import linears
 from nsa_train.ops.nsa import nsa_attention
+from nsa_train.ops.segments import Segments
 from nsa_train.ops.statistics import selection_statistics
 from nsa_train.packing import Packing
 
@@ -30,13 +30,15 @@ OP_BRANCHES = ("cmp", "slc", "win")  # of NSA's op, in the order of its gates
 class Layout(NamedTuple):
     """What the attention of every layer knows of a batch, computed once.
 
-    segments  where the compression blocks lie; None without compression
-    blocks    [T, Hk, n] int32, chosen in advance for the ablations of `selection`; None: the op chooses
+    segments    where the compression blocks lie; None without compression
+    cmp_angles  of each block's first token
+    blocks      [T, Hk, n] int32, chosen in advance for the ablations of `selection`; None: the op chooses
     """
 
     packing: Packing
     angles: Angles
     segments: Segments | None
+    cmp_angles: Angles | None
     blocks: Tensor | None
 
 
@@ -82,9 +84,11 @@ class Attention(nn.Module):
     def layout(self, packing: Packing, angles: Angles) -> Layout:
         """Of a batch, for all layers of the model."""
         if "cmp" not in self.config.branches:
-            return Layout(packing, angles, None, None)
+            return Layout(packing, angles, None, None, None)
         segments = Segments(packing.cu_seqlens, packing.tokens, self.spec)
-        return Layout(packing, angles, segments, self._chosen_blocks(packing))
+        cos, sin = angles
+        cmp_angles = cos[segments.first_token], sin[segments.first_token]
+        return Layout(packing, angles, segments, cmp_angles, self._chosen_blocks(packing))
 
     def forward(self, x: Tensor, layout: Layout, probe: Probe | None = None) -> Tensor:
         """x [T, M] normed layer input -> [T, M]; a probe is filled with this layer's statistics."""
@@ -135,11 +139,8 @@ class Attention(nn.Module):
 
     def _compressed(self, k: Tensor, v: Tensor, layout: Layout) -> KV:
         """Keys and values of all compression blocks; a key is rotated to its block's first position (eq. 7)."""
-        segments, (cos, sin) = layout.segments, layout.angles
-        assert segments is not None
-        first = segments.first_token
-        k_cmp = apply_rope(self.phi_k(k, segments), (cos[first], sin[first]))
-        return k_cmp, self.phi_v(v, segments)
+        assert layout.cmp_angles is not None
+        return apply_rope(self.phi_k(k, layout.segments), layout.cmp_angles), self.phi_v(v, layout.segments)
 
     def _chosen_blocks(self, packing: Packing) -> Tensor | None:
         """Blocks fixed in advance for the ablations of `selection`; None: the op picks the best (topn).

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from nsa_train.config.schema import AttentionConfig, ModelConfig
-from nsa_train.ops.compress import Segments, compress
+from nsa_train.ops.compress import compress
 from nsa_train.ops.reference import NSASpec
+from nsa_train.ops.segments import Segments
 
 # Whose K/V a branch reads. `full` and `slc` carry the same name, so that the arms share initial values.
 OWN_KV = {"full": "token", "slc": "token", "cmp": "cmp", "win": "win"}

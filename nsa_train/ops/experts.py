@@ -13,17 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nsa_train.ops import experts_triton
-from nsa_train.ops.tiles import KERNEL_DTYPES
-
-
-def _on_kernels(x: Tensor) -> bool:
-    """Inside of torch.compile the plain forms, which the compiler fuses."""
-    return x.is_cuda and x.dtype in KERNEL_DTYPES and not torch.compiler.is_compiling()
+from nsa_train.ops.tiles import on_kernels
 
 
 def sum_rows(rows: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
     """out[t] = sum over k of weights[t, k] rows[places[t, k]]: [R, M], [T, K], [T, K] -> [T, M]; None: weights of 1."""
-    if _on_kernels(rows):
+    if on_kernels(rows):
         return experts_triton.sum_rows(rows, places, weights)
     parts = rows[places]
     return (parts if weights is None else parts * weights[..., None].to(rows.dtype)).sum(1)
@@ -31,7 +26,7 @@ def sum_rows(rows: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
 
 def sum_rows_backward(grad: Tensor, rows: Tensor, order: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of rows [R, M] and weights [T, K], from that of the sum [T, M]; order: `places` turned around, [R]."""
-    if _on_kernels(rows):
+    if on_kernels(rows):
         return experts_triton.sum_rows_backward(grad.contiguous(), rows, order, weights)
     of_rows = grad[order // weights.shape[1]]
     d_weights = torch.empty_like(weights)
@@ -79,7 +74,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up: [R, 2 F] -> [R, F]."""
-    if _on_kernels(gate_up):
+    if on_kernels(gate_up):
         return _SwiGLU.apply(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up

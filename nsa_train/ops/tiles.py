@@ -6,10 +6,16 @@ import functools
 
 import torch
 import triton
+from torch import Tensor
 
 LOG2E = 1.4426950408889634  # kernels work with exp2; log-sum-exps between them are in base 2
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTERPRETED: bool = triton.knobs.runtime.interpret  # Triton's interpreter runs the kernels, on CPU tensors
+
+
+def on_kernels(x: Tensor) -> bool:
+    """Whether an op runs on its kernels, not on its form in PyTorch, which torch.compile fuses with its neighbours."""
+    return x.is_cuda and x.dtype in KERNEL_DTYPES and not torch.compiler.is_compiling()
 
 
 @functools.cache

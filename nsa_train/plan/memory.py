@@ -61,21 +61,12 @@ def attention_bytes(config: Config) -> float:
     if "cmp" not in a.branches:
         # K and V, each document's output and all of them side by side, log-sum-exps; gated outputs
         return found + pair + 2 * heads_out + m.heads * FP32 + gates + (heads_out if a.gate else 0.0)
-    r, d = a.cmp_block // a.cmp_stride, a.cmp_stride
-    mlp = a.phi == "mlp"
-    found += pair * (
-        1 + (r + 2 * mlp) / d
-    )  # segments; products of their slices, phi's hidden layer, compressed K and V
+    # segments; phi's hidden layer before and after its silu, compressed K and V
+    found += pair * ((a.phi != "mean") + (1 + 2 * (a.phi == "mlp")) / a.cmp_stride)
     own = sum(branch in a.branches for branch in ("slc", "win"))
     found += pair * (1 if a.shared_kv else own)
     # output of the branches and of the op, log-sum-exps, chosen blocks, gates as the op takes them
     return found + 4 * heads_out + 3 * m.heads * FP32 + m.kv_heads * a.slc_count * FP32 + 2 * gates
-
-
-def phi_bytes(config: Config) -> float:
-    """Kept by all layers: phi's weights, once more."""
-    phi, _ = parameters_by_part(meta_model(config)).get("compression", (0, 0))
-    return phi * dtype_of(config.trainer.dtype).itemsize
 
 
 def experts_bytes(config: Config) -> float:
@@ -102,7 +93,7 @@ def kept(config: Config, tokens: int) -> dict[str, float]:
     sparse = m.layers - m.dense_layers
     residual = (m.width * width + FP32) * tokens  # what a norm keeps: its input, and a number
     again = config.trainer.activation_checkpointing
-    attention = 0.0 if again else m.layers * attention_bytes(config) * tokens + phi_bytes(config)
+    attention = 0.0 if again else m.layers * attention_bytes(config) * tokens
     experts = routing_bytes(config) if again else experts_bytes(config)
     dense = m.width * width if again else dense_bytes(config)
     return {

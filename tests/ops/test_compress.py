@@ -5,8 +5,9 @@ import torch
 from helpers import assert_close
 
 from nsa_train.ops import reference
-from nsa_train.ops.compress import KINDS, Segments, compress
+from nsa_train.ops.compress import KINDS, compress
 from nsa_train.ops.reference import NSASpec, compressed_length
+from nsa_train.ops.segments import Segments
 from nsa_train.packing import Packing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -54,7 +54,7 @@ def test_routed_experts_on_the_kernels_have_the_gradients_of_those_without(monke
     leaves = [drawn(T, M), drawn(T, K).sigmoid(), drawn(E, M, 2 * width), drawn(E, width, M)]
     found = []
     for on_kernels in (True, False):
-        monkeypatch.setattr(experts, "_on_kernels", lambda x, on=on_kernels: on)
+        monkeypatch.setattr(experts, "on_kernels", lambda x, on=on_kernels: on)
         x, *others = own = [leaf.clone().requires_grad_() for leaf in leaves]
         out = experts.routed_experts(x, chosen, *others)
         found.append([out, *torch.autograd.grad(out.square().sum(), own)])

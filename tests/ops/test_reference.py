@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 
 from nsa_train.model.branches import PHI
 from nsa_train.ops import reference
-from nsa_train.ops.compress import Segments
 from nsa_train.ops.nsa import NSASpec, nsa_attention
+from nsa_train.ops.segments import Segments
 
 SPECS = [SMALL, WIDE, NSASpec(6, 2, 4, 5, 2, 2, 3), NSASpec(8, 2, 4, 3, 0, 1, 1), NSASpec(1, 1, 1, 4, 1, 1, 4)]
 ODD_LENGTHS = (1, 3, 4, 5, 7, 8, 9)  # 1, l - 1, l, l + 1, l' - 1, l', l' + 1 of WIDE
