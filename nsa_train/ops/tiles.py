@@ -6,10 +6,16 @@ import functools
 
 import torch
 import triton
+from torch import Tensor
 
 LOG2E = 1.4426950408889634  # kernels work with exp2; log-sum-exps between them are in base 2
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTERPRETED: bool = triton.knobs.runtime.interpret  # Triton's interpreter runs the kernels, on CPU tensors
+
+
+def on_kernels(x: Tensor) -> bool:
+    """Whether what has a plain form runs on its kernel; inside of torch.compile it does not: the compiler fuses it."""
+    return x.is_cuda and x.dtype in KERNEL_DTYPES and not torch.compiler.is_compiling()
 
 
 @functools.cache

@@ -30,7 +30,7 @@ class _FusedNorm(torch.autograd.Function):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(experts, "_on_kernels", lambda x: True)
+    monkeypatch.setattr(experts, "on_kernels", lambda x: True)
     monkeypatch.setattr(layers, "rotate", _Rotate.apply)
     monkeypatch.setattr(layers.RMSNorm, "forward", lambda self, x: _FusedNorm.apply(x, self.weight, self.eps))
 
