@@ -24,43 +24,6 @@ def sum_rows(rows: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
     return (parts if weights is None else parts * weights[..., None].to(rows.dtype)).sum(1)
 
 
-def sum_rows_backward(grad: Tensor, rows: Tensor, order: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of rows [R, M] and weights [T, K], from that of the sum [T, M]; order: `places` turned around, [R]."""
-    if on_kernels(rows):
-        return experts_triton.sum_rows_backward(grad.contiguous(), rows, order, weights)
-    of_rows = grad[order // weights.shape[1]]
-    d_weights = torch.empty_like(weights)
-    d_weights.view(-1)[order] = (of_rows * rows).sum(-1).to(weights.dtype)
-    return of_rows * weights.flatten()[order, None].to(rows.dtype), d_weights
-
-
-class _Dispatch(torch.autograd.Function):
-    """[T, M] -> [R, M], row r is token order[r] // K."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(places)
-        return x[order // places.shape[1]]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return sum_rows(grad.contiguous(), ctx.saved_tensors[0], None), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """`sum_rows`: the rows of all experts back to their tokens, weighted."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, weights: Tensor, order: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(rows, weights, order)
-        return sum_rows(rows, places, weights)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        rows, weights, order = ctx.saved_tensors
-        return *sum_rows_backward(grad, rows, order, weights), None, None
-
-
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:  # type: ignore[override]
@@ -80,6 +43,23 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def weighted_swiglu_backward(
+    gate_up: Tensor, grad: Tensor, order: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of gate_up [R, 2 F] and weights [T, K] from that of weight * h, [R, F], where h = swiglu(gate_up) and
+    the weight of row r is weights.flatten()[order[r]]; between them weight * h itself.
+    """
+    if on_kernels(gate_up):
+        return experts_triton.weighted_swiglu_backward(gate_up, grad, order, weights)
+    gate, up = gate_up.chunk(2, dim=-1)
+    s = gate.sigmoid()
+    h, weight = gate * s * up, weights.flatten()[order, None].to(gate.dtype)
+    d_weights = torch.empty_like(weights)
+    d_weights.view(-1)[order] = (grad * h).sum(-1).to(weights.dtype)
+    d_h = weight * grad
+    return torch.cat([d_h * up * s * (1 + gate * (1 - s)), d_h * gate * s], dim=-1), weight * h, d_weights
+
+
 def matmul_loop(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """rows[ends[e - 1] : ends[e]] @ weights[e] for each expert: [R, A] x [E, A, B] -> [R, B]. The plain form."""
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
@@ -93,6 +73,47 @@ def grouped_matmul(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return matmul_loop(rows, weights, ends)
 
 
+def outer_loop(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
+    """Gradient of the weights of `matmul_loop`: [R, A], that of its result [R, B] -> [E, A, B]. The plain form."""
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return torch.stack([a.T @ b for a, b in zip(rows.split(counts), grad.split(counts), strict=True)])
+
+
+def grouped_outer(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
+    """`outer_loop` as one kernel where torch has one; an expert without rows gets zeros."""
+    if rows.is_cuda and rows.dtype == torch.bfloat16:
+        return F.grouped_mm(rows.T, grad, offs=ends)
+    return outer_loop(rows, grad, ends)
+
+
+class _RoutedExperts(torch.autograd.Function):
+    """Keeps x, the product with gate_up and the tables. What is cheap beside the products is made again: the rows of x,
+    and SwiGLU of what is kept. Nor is the product with `down` needed: a weight's gradient is grad . (h down), which is
+    also (grad down^T) . h, and the left factor is on the way to h's own gradient.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, order: Tensor, places: Tensor, ends: Tensor
+    ) -> Tensor:
+        product = grouped_matmul(x[order // weights.shape[1]], gate_up, ends)
+        ctx.save_for_backward(x, weights, gate_up, down, product, order, places, ends)
+        return sum_rows(grouped_matmul(swiglu(product), down, ends), places, weights)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        x, weights, gate_up, down, product, order, places, ends = ctx.saved_tensors
+        token = order // weights.shape[1]
+        rows = grad.contiguous()[token]
+        d_h = grouped_matmul(rows, down.transpose(1, 2), ends)
+        d_product, h, d_weights = weighted_swiglu_backward(product, d_h, order, weights)
+        d_down = grouped_outer(h, rows, ends)
+        del rows, d_h, h  # the largest tensors of a layer: gone before the next ones come
+        d_gate_up = grouped_outer(x[token], d_product, ends)
+        d_rows = grouped_matmul(d_product, gate_up.transpose(1, 2), ends)
+        return sum_rows(d_rows, places, None), d_weights, d_gate_up, d_down, None, None, None
+
+
 def routed_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Weighted sum of each token's K SwiGLU experts.
 
@@ -103,12 +124,10 @@ def routed_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor,
     down     [E, F, M]
     gives    [T, M]        dtype of x
     """
-    chosen, order = experts.flatten().sort(stable=True)
-    every = torch.arange(gate_up.shape[0], device=x.device)
-    ends = torch.searchsorted(chosen, every, right=True).to(torch.int32)  # like a count, without atomics or a sync
+    # A radix sort passes over its keys once for every 8 bits; 16 are enough for the number of an expert.
+    chosen, order = experts.flatten().to(torch.int16).sort(stable=True)
+    every = torch.arange(gate_up.shape[0], dtype=torch.int16, device=x.device)
+    ends = torch.searchsorted(chosen, every, right=True, out_int32=True)  # like a count, without atomics or a sync
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=x.device)  # where the row of (token, choice) went
-    places = places.view_as(experts)
-    rows = _Dispatch.apply(x, order, places)
-    rows = grouped_matmul(swiglu(grouped_matmul(rows, gate_up, ends)), down, ends)
-    return _Combine.apply(rows, weights, order, places)
+    return _RoutedExperts.apply(x, weights, gate_up, down, order, places.view_as(experts), ends)

@@ -24,10 +24,13 @@ WARPS = 4
 
 
 @triton.jit
-def _gate_up(gate_up, R, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A program's tile of gate_up [R, 2 F]: (rows, columns of F, which of them exist, gate, up), the last two fp32."""
+def _gate_up(gate_up, R, F, part, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A program's tile of gate_up [R, 2 F]: (rows, columns of F, which of them exist, gate, up), the last two fp32.
+
+    part: which COLUMNS of the F, counted from 0.
+    """
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    column = part * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     mask = (row < R) & (column < F)
     gate = tl.load(gate_up + row * (2 * F) + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * (2 * F) + F + column, mask=mask, other=0.0).to(tl.float32)
@@ -40,7 +43,7 @@ def _swiglu_fwd(
     out,  # [R, F]
     R, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row, column, mask, gate, up = _gate_up(gate_up, R, F, ROWS, COLUMNS)
+    row, column, mask, gate, up = _gate_up(gate_up, R, F, tl.program_id(1), ROWS, COLUMNS)
     y = gate * tl.sigmoid(gate) * up
     tl.store(out + row * F + column, y.to(out.dtype.element_ty), mask=mask)
 
@@ -52,12 +55,42 @@ def _swiglu_bwd(
     out,  # [R, 2 F]
     R, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row, column, mask, gate, up = _gate_up(gate_up, R, F, ROWS, COLUMNS)
+    row, column, mask, gate, up = _gate_up(gate_up, R, F, tl.program_id(1), ROWS, COLUMNS)
     d = tl.load(grad + row * F + column, mask=mask, other=0.0).to(tl.float32)
     s = tl.sigmoid(gate)
     d_gate = d * up * s * (1.0 + gate * (1.0 - s))
     tl.store(out + row * (2 * F) + column, d_gate.to(out.dtype.element_ty), mask=mask)
     tl.store(out + row * (2 * F) + F + column, (d * gate * s).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _weighted_swiglu_bwd(
+    gate_up,  # [R, 2 F]
+    grad,  # [R, F]
+    order,  # [R]  int64
+    weights,  # [T, K]  fp32
+    d_gate_up,  # [R, 2 F]
+    weighted,  # [R, F]
+    d_weights,  # [T, K]  fp32
+    R, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = own < R
+    choice = tl.load(order + own, mask=there, other=0)
+    weight = tl.load(weights + choice, mask=there, other=0.0)[:, None]
+    product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for part in range(tl.cdiv(F, COLUMNS)):
+        row, column, mask, gate, up = _gate_up(gate_up, R, F, part, ROWS, COLUMNS)
+        d = tl.load(grad + row * F + column, mask=mask, other=0.0).to(tl.float32)
+        s = tl.sigmoid(gate)
+        h = gate * s * up
+        product += d * h
+        tl.store(weighted + row * F + column, (weight * h).to(weighted.dtype.element_ty), mask=mask)
+        d *= weight
+        d_gate = d * up * s * (1.0 + gate * (1.0 - s))
+        tl.store(d_gate_up + row * (2 * F) + column, d_gate.to(d_gate_up.dtype.element_ty), mask=mask)
+        tl.store(d_gate_up + row * (2 * F) + F + column, (d * gate * s).to(d_gate_up.dtype.element_ty), mask=mask)
+    tl.store(d_weights + choice, tl.sum(product, 1), mask=there)
 
 
 @triton.jit
@@ -80,31 +113,6 @@ def _sum_rows(
             x *= tl.load(weights + token * K + k, mask=there, other=0.0)[:, None]
         total += x
     tl.store(out + token.to(tl.int64)[:, None] * M + column, total.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _sum_rows_bwd(
-    grad,  # [T, M]
-    rows,  # [R, M]
-    order,  # [R]  int64
-    weights,  # [T, K]  fp32
-    d_rows,  # [R, M]
-    d_weights,  # [T, K]  fp32
-    R, M, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = row < R
-    choice = tl.load(order + row, mask=there, other=0)
-    weight = tl.load(weights + choice, mask=there, other=0.0)[:, None]
-    row = row.to(tl.int64)[:, None]
-    product = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, M, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)[None, :]
-        mask = there[:, None] & (column < M)
-        d = tl.load(grad + (choice // K)[:, None] * M + column, mask=mask, other=0.0).to(tl.float32)
-        product += d * tl.load(rows + row * M + column, mask=mask, other=0.0).to(tl.float32)
-        tl.store(d_rows + row * M + column, (d * weight).to(d_rows.dtype.element_ty), mask=mask)
-    tl.store(d_weights + choice, tl.sum(product, 1), mask=there)
 
 
 def _tile(width: int) -> tuple[int, int]:
@@ -135,6 +143,20 @@ def swiglu_backward(gate_up: Tensor, grad: Tensor) -> Tensor:
     return out
 
 
+def weighted_swiglu_backward(
+    gate_up: Tensor, grad: Tensor, order: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of gate_up [R, 2 F], weight * h [R, F], and the gradient of weights [T, K]: see the plain form."""
+    R, F = grad.shape
+    d_gate_up, weighted, d_weights = torch.empty_like(gate_up), torch.empty_like(grad), torch.empty_like(weights)
+    rows, columns = _tile(F)
+    rows //= 2  # 8 elements a thread: this kernel holds twice as many values of each as the others
+    _weighted_swiglu_bwd[(triton.cdiv(R, rows),)](
+        gate_up, grad, order, weights, d_gate_up, weighted, d_weights, R, F, ROWS=rows, COLUMNS=columns, num_warps=WARPS
+    )
+    return d_gate_up, weighted, d_weights
+
+
 def sum_rows(rows: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
     """out[t] = sum over k of weights[t, k] rows[places[t, k]]: [R, M], [T, K], [T, K] -> [T, M]; None: weights of 1."""
     (T, K), M = places.shape, rows.shape[1]
@@ -143,14 +165,3 @@ def sum_rows(rows: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
     grid = triton.cdiv(T, tokens), triton.cdiv(M, columns)
     _sum_rows[grid](rows, places, weights, out, T, M, K=K, TOKENS=tokens, COLUMNS=columns, num_warps=WARPS)
     return out
-
-
-def sum_rows_backward(grad: Tensor, rows: Tensor, order: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of rows [R, M] and weights [T, K], from that of the sum [T, M]; order: `places` turned around, [R]."""
-    (R, M), K = rows.shape, weights.shape[1]
-    d_rows, d_weights = torch.empty_like(rows), torch.empty_like(weights)
-    many, columns = _tile(M)
-    _sum_rows_bwd[(triton.cdiv(R, many),)](
-        grad, rows, order, weights, d_rows, d_weights, R, M, K=K, ROWS=many, COLUMNS=columns, num_warps=WARPS
-    )
-    return d_rows, d_weights

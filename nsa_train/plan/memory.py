@@ -71,9 +71,9 @@ def attention_bytes(config: Config) -> float:
 
 def experts_bytes(config: Config) -> float:
     """Kept by a mixture of experts, of a token."""
-    m, e, width = config.model, config.moe, dtype_of(config.trainer.dtype).itemsize
-    rows = e.top_k * (2 * m.width + 3 * e.expert_width) * width
-    return routing_bytes(config) + rows + e.top_k * (FP32 + 3 * INT64) + 3 * e.shared * e.expert_width * width
+    e, width = config.moe, dtype_of(config.trainer.dtype).itemsize
+    rows = e.top_k * (2 * e.expert_width * width + FP32 + 3 * INT64)  # gate_up's product, weights and tables
+    return routing_bytes(config) + rows + 3 * e.shared * e.expert_width * width
 
 
 def routing_bytes(config: Config) -> float:
@@ -110,7 +110,7 @@ def passing(config: Config, tokens: int) -> dict[str, float]:
     m, a, e = config.model, config.attention, config.moe
     width, again = dtype_of(config.trainer.dtype).itemsize, config.trainer.activation_checkpointing
     logits = min(config.trainer.loss_chunk_tokens, tokens) * m.vocab * LOGIT_BYTES
-    experts = tokens * e.top_k * (2 * m.width + 2 * e.expert_width) * width
+    experts = tokens * e.top_k * (m.width + 4 * e.expert_width) * width  # rows of the gradient; of h and gate_up twice
     attention = tokens * (2 * m.heads * m.key_dim + m.heads * m.value_dim) * width
     if "cmp" in a.branches:
         chunks = -(-tokens // query_chunk(tokens))

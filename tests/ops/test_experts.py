@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_close
 
-from nsa_train.ops.experts import matmul_loop, routed_experts
+from nsa_train.ops import experts as experts_module
+from nsa_train.ops.experts import matmul_loop, outer_loop, routed_experts
 
 M, E, K, WIDTH = 5, 6, 2, 3
 
@@ -70,11 +71,45 @@ def test_gradients_of_routed_experts_are_right():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_grouped_kernel_equals_the_loop_over_experts(dtype):
     generator = torch.Generator().manual_seed(0)
-    rows, weights = (torch.randn(s, generator=generator).to(dtype) for s in ((40, 16), (E, 16, 8)))
+    rows, weights, grad = (torch.randn(s, generator=generator).to(dtype) for s in ((40, 16), (E, 16, 8), (40, 8)))
     for counts in ([7, 0, 9, 1, 0, 23], [0, 0, 40, 0, 0, 0]):
         ends = torch.tensor(counts).cumsum(0).to(torch.int32)
         got, want = F.grouped_mm(rows, weights, offs=ends), matmul_loop(rows, weights, ends)
         assert_close("grouped", got, want, rms=1e-2 if dtype == torch.bfloat16 else 1e-6)
+        got, want = F.grouped_mm(rows.T, grad, offs=ends), outer_loop(rows, grad, ends)
+        assert_close("outer", got, want, rms=1e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_only_the_first_product_and_tables_are_kept():
+    T = 50
+    experts, leaves = case(T, dtype=torch.float32)
+    own, storages = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}, {}
+
+    def note(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        ours(experts, **leaves)
+    kept = sum(storage.nbytes() for at, storage in storages.items() if at not in own)
+    assert kept == T * K * (2 * WIDTH * 4 + 2 * 8) + E * 4  # the product; order and places; ends
+
+
+def test_compiles_into_one_graph(monkeypatch):
+    """With the grouped kernel, as on a GPU: the loop over experts asks for their numbers of tokens."""
+    grouped = lambda rows, weights, ends: F.grouped_mm(rows, weights, offs=ends)  # noqa: E731
+    monkeypatch.setattr(experts_module, "grouped_matmul", grouped)
+    monkeypatch.setattr(experts_module, "grouped_outer", lambda rows, grad, ends: grouped(rows.T, grad, ends))
+    generator = torch.Generator().manual_seed(0)
+    shapes = (17, 8), (E, 8, 16), (E, 8, 8)
+    leaves = [torch.randn(size, generator=generator).bfloat16().requires_grad_() for size in shapes]
+    leaves.insert(1, torch.rand(17, K, generator=generator).requires_grad_())
+    experts, found = routing(17, "some idle", generator), []
+    for op in (routed_experts, torch.compile(routed_experts, fullgraph=True, backend="aot_eager")):
+        out = op(leaves[0], experts, *leaves[1:])
+        found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for name, want, got in zip(("out", "x", "weights", "gate_up", "down"), *found, strict=True):
+        assert_close(name, got, want, rms=1e-2)
 
 
 def test_two_runs_give_the_same_bits():

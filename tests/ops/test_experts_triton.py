@@ -36,16 +36,27 @@ def test_swiglu_and_its_gradient(R, width):
 
 @pytest.mark.parametrize(("T", "K"), [(1, 1), (7, 2), (100, 6)])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_sums_of_rows_and_their_gradients(T, K, width):
-    order, places = routing(T, K)
-    rows, weights, grad = drawn(T * K, width), drawn(T, K, seed=1), drawn(T, width, seed=2)
+def test_sums_of_rows(T, K, width):
+    _, places = routing(T, K)
+    rows, weights = drawn(T * K, width), drawn(T, K, seed=1)
     for own in (weights, None):
         got = experts_triton.sum_rows(rows, places, own)
         assert_close("sum", got, experts.sum_rows(rows, places, own), rms=1e-6)
-    got = experts_triton.sum_rows_backward(grad, rows, order, weights)
-    want = experts.sum_rows_backward(grad, rows, order, weights)
-    for name, a, b in zip(("rows", "weights"), got, want, strict=True):
-        assert_close(name, a, b, rms=1e-5)
+
+
+@pytest.mark.parametrize(("T", "K"), [(1, 1), (7, 2), (100, 3)])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_gradient_of_weighted_swiglu(T, K, width):
+    order, _ = routing(T, K)
+    gate_up, weights, grad = drawn(T * K, 2 * width), drawn(T, K, seed=1), drawn(T * K, width, seed=2)
+    leaves = gate_up.requires_grad_(), weights.requires_grad_()
+    gate, up = gate_up.chunk(2, -1)
+    h = F.silu(gate) * up * weights.flatten()[order, None]
+    d_gate_up, d_weights = torch.autograd.grad(h, leaves, grad)
+    for module in (experts, experts_triton):
+        got = module.weighted_swiglu_backward(gate_up.detach(), grad, order, weights.detach())
+        for name, a, b in zip(("gate_up", "weighted", "weights"), got, (d_gate_up, h, d_weights), strict=True):
+            assert_close(name, a, b, rms=1e-5)
 
 
 def test_routed_experts_on_the_kernels_have_the_gradients_of_those_without(monkeypatch):
