@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_train.ops.tiles import KERNEL_DTYPES
+from nsa_train.ops.tiles import on_kernels
 
 PAIRS = 1024  # of a program
 WARPS = 4
@@ -58,11 +58,8 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + D/2) of x [T, H, D] by angles with these cos and sin [T, D/2] fp32; dtype of x.
-
-    Inside of torch.compile the plain form, which the compiler fuses with what is around it.
-    """
-    if x.is_cuda and x.dtype in KERNEL_DTYPES and not torch.compiler.is_compiling():
+    """Turn the pairs (i, i + D/2) of x [T, H, D] by angles with these cos and sin [T, D/2] fp32; dtype of x."""
+    if on_kernels(x):
         return _Rotate.apply(x, cos.contiguous(), sin.contiguous())
     a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]

@@ -6,6 +6,7 @@ import functools
 
 import torch
 import triton
+from torch import Tensor
 
 LOG2E = 1.4426950408889634  # kernels work with exp2; log-sum-exps between them are in base 2
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -15,6 +16,11 @@ INTERPRETED: bool = triton.knobs.runtime.interpret  # Triton's interpreter runs 
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def on_kernels(x: Tensor) -> bool:
+    """Whether a kernel takes x where there is a plain form too: inside of torch.compile the compiler fuses that."""
+    return x.is_cuda and x.dtype in KERNEL_DTYPES and not torch.compiler.is_compiling()
 
 
 def power_of_two(n: int, at_least: int = 1) -> int:
