@@ -17,7 +17,6 @@ from nsa_train.parallel.engine import BUCKET_ELEMENTS
 from nsa_train.runtime import dtype_of
 
 FP32, INT64 = 4, 8
-LOGIT_BYTES = 12  # of a logit while its chunk goes backward: log-softmax and its gradient in fp32, and the logits' own
 
 
 @dataclass(frozen=True)
@@ -106,10 +105,12 @@ def kept(config: Config, tokens: int) -> dict[str, float]:
 
 
 def passing(config: Config, tokens: int) -> dict[str, float]:
-    """What comes and goes: a chunk of logits, an expert layer's and an attention layer's backward pass."""
+    """What comes and goes: the backward passes of the head, of an expert layer and of an attention layer."""
     m, a, e = config.model, config.attention, config.moe
     width, again = dtype_of(config.trainer.dtype).itemsize, config.trainer.activation_checkpointing
-    logits = min(config.trainer.loss_chunk_tokens, tokens) * m.vocab * LOGIT_BYTES
+    logits = min(config.trainer.loss_chunk_tokens, tokens) * m.vocab * width  # they become their gradient
+    summed = m.vocab * m.width * (FP32 + (width if width < FP32 else 0))  # the weight's gradient, and rounded
+    head = logits + summed + tokens * m.width * width
     experts = tokens * e.top_k * (m.width + 4 * e.expert_width) * width  # rows of the gradient; of h and gate_up twice
     attention = tokens * (2 * m.heads * m.key_dim + m.heads * m.value_dim) * width
     if "cmp" in a.branches:
@@ -119,4 +120,4 @@ def passing(config: Config, tokens: int) -> dict[str, float]:
         attention += max(sums, SCRATCH_BYTES, lists)
     if again:  # the part that is computed once more lies there in whole
         experts, attention = experts + tokens * experts_bytes(config), attention + tokens * attention_bytes(config)
-    return {"logits": logits, "experts backward": experts, "attention backward": attention}
+    return {"head backward": head, "experts backward": experts, "attention backward": attention}

@@ -74,8 +74,8 @@ def _advice(config: Config, by_ranks: list[Memory]) -> list[str]:
         elif kept > max(passing.values()) and not config.trainer.activation_checkpointing:
             less = "fewer trainer.micro_rows, or trainer.activation_checkpointing=true"
             key = f"activations take {kept / GIB:,.0f} GiB: {less}"
-        elif max(passing, key=lambda part: passing[part]) == "logits":
-            key = f"logits take {passing['logits'] / GIB:,.0f} GiB: a smaller trainer.loss_chunk_tokens"
+        elif max(passing, key=lambda part: passing[part]) == "head backward":
+            key = f"the head takes {passing['head backward'] / GIB:,.0f} GiB: a smaller trainer.loss_chunk_tokens"
         else:
             key = "fewer trainer.micro_rows, or a shorter trainer.seq_len"
         found.append(f"  {ranks} x 80 GB are too small by {(one.total - room) / GIB:,.0f} GiB: {key}")
