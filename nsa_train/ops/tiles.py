@@ -23,11 +23,6 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def on_kernels(x: Tensor) -> bool:
-    """Whether a kernel takes x where there is a plain form too: inside of torch.compile the compiler fuses that."""
-    return x.is_cuda and x.dtype in KERNEL_DTYPES and not torch.compiler.is_compiling()
-
-
 def power_of_two(n: int, at_least: int = 1) -> int:
     return max(at_least, 1 << (n - 1).bit_length())
 
