@@ -44,12 +44,6 @@ class Packing:
     def tokens(self) -> int:
         return self.positions.numel()
 
-    def members(self) -> torch.Tensor:
-        """[N, T] fp32: 1 where a token lies in a document. A product with it sums over each document's tokens."""
-        token = torch.arange(self.tokens, device=self.cu_seqlens.device)
-        begin, end = self.cu_seqlens[:-1, None], self.cu_seqlens[1:, None]
-        return ((token >= begin) & (token < end)).float()
-
     def to(self, device: torch.device | str) -> Packing:
         return Packing(to_device(self.cu_seqlens, device), to_device(self.positions, device), self.lengths)
 

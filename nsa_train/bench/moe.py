@@ -50,13 +50,14 @@ class Case:
             self.x[:, 0] = 1.0
             self.router[: E // 8, 0] += SKEW
         self.grad = drawn(tokens, width, std=1.0)
-        self.members = Packing.from_lengths([tokens]).members().to(device)
+        self.cu_seqlens = Packing.from_lengths([tokens]).cu_seqlens.to(device)
 
     def in_fp32(self, tokens: int) -> Case:
         """The same weights and the first tokens, each of which stands for itself."""
         one = copy.copy(self)
         one.router, one.gate_up, one.down = self.router.float(), self.gate_up.float(), self.down.float()
-        one.x, one.grad, one.members = self.x[:tokens].float(), self.grad[:tokens].float(), self.members[:, :tokens]
+        one.x, one.grad = self.x[:tokens].float(), self.grad[:tokens].float()
+        one.cu_seqlens = self.cu_seqlens.clamp(max=tokens)
         return one
 
     def ours(self) -> tuple[Layer, list[nn.Parameter]]:
@@ -65,7 +66,7 @@ class Case:
         experts = [nn.Parameter(weight.clone()) for weight in (self.gate_up, self.down)]
 
         def layer(x: Tensor) -> Tensor:
-            routing = router(x, self.members)
+            routing = router(x, self.cu_seqlens)
             return routed_experts(x, routing.experts, routing.weights, *experts)
 
         return layer, [router.weight, *experts]
@@ -84,7 +85,7 @@ class Case:
         )  # fmt: skip
 
         def layer(x: Tensor) -> Tensor:
-            routing = router(x, self.members)
+            routing = router(x, self.cu_seqlens)
             return grouped_mm_experts_forward(module, x, routing.experts, routing.weights.to(x.dtype))
 
         return layer, [router.weight, gate_up, down]

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsa_train.config.schema import MoEConfig
-
-SCORES = {"sigmoid": torch.sigmoid, "softmax": lambda logits: logits.softmax(-1)}
+from nsa_train.ops.routing import route, router_logits
 
 
 class Routing(NamedTuple):
@@ -33,24 +31,12 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(moe.experts, width))
         self.register_buffer("bias", torch.zeros(moe.experts, dtype=torch.float32))
 
-    def forward(self, x: Tensor, members: Tensor) -> Routing:
-        """x [T, M]; members [N, T] of `Packing`, so that packed documents are balanced as separate ones would be."""
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Routing:
+        """x [T, M]; bounds [N + 1] of its documents, so that packed ones are balanced as separate ones would be."""
         moe = self.config
-        scores = SCORES[moe.router](F.linear(x.float(), self.weight.float()))  # [T, E]
-        experts = (scores + self.bias).topk(moe.top_k, dim=-1).indices
-        weights = scores.gather(-1, experts)
-        if moe.normalise:
-            weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
-        chosen = torch.zeros_like(scores).scatter_(-1, experts, 1.0)  # [T, E]
-        return Routing(experts, weights * moe.routed_scale, chosen.sum(0), self._balance(scores, chosen, members))
-
-    def _balance(self, scores: Tensor, chosen: Tensor, members: Tensor) -> Tensor:
-        """Sequence-wise balance loss (arXiv 2412.19437, eq. 17-20) of each document, times its tokens, summed."""
-        E, K = self.config.experts, self.config.top_k
-        share = scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)
-        members = members.to(scores.dtype)
-        f, p = members @ chosen, members @ share  # [N, E], sums over the tokens of a document
-        return (E / K) * ((f * p).sum(-1) / members.sum(-1).clamp(min=1)).sum()
+        logits = router_logits(x, self.weight)
+        softmax = moe.router == "softmax"
+        return Routing(*route(logits, self.bias, cu_seqlens, moe.top_k, softmax, moe.normalise, moe.routed_scale))
 
 
 @torch.no_grad()

@@ -43,9 +43,7 @@ class Layer(nn.Module):
         self.mlp = SwiGLU(model.width, (moe.top_k + moe.shared) * moe.expert_width) if dense else MoE(model.width, moe)
         self.recompute = False
 
-    def forward(
-        self, x: Tensor, layout: Layout, members: Tensor, probe: Probe | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(self, x: Tensor, layout: Layout, probe: Probe | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """[T, M] -> [T, M], and the balance loss and load of a mixture of experts."""
         x = x + self._maybe_again(self._attend, x, layout, probe)
         with record_function("norms"):
@@ -53,7 +51,7 @@ class Layer(nn.Module):
         if isinstance(self.mlp, SwiGLU):
             return x + self._maybe_again(self._dense, h), None, None
         with record_function("router"):
-            routing = self.mlp.router(h, members)
+            routing = self.mlp.router(h, layout.packing.cu_seqlens)
         return x + self._maybe_again(self._experts, h, routing), routing.balance, routing.load
 
     def _attend(self, x: Tensor, *rest: Any) -> Tensor:
@@ -129,12 +127,12 @@ class Transformer(nn.Module):
         angles = rope_angles(
             packing.positions, config.key_dim, config.rope_theta, self.rope_factor, config.rope_trained_len
         )
-        layout, members = self.layers[0].attention.layout(packing, angles), packing.members()  # type: ignore[operator, union-attr]
+        layout = self.layers[0].attention.layout(packing, angles)  # type: ignore[operator, union-attr]
         balance, loads = x.new_zeros((), dtype=torch.float32), []
         for layer in self.layers:
             if probes is not None:
                 probes.append({})
-            x, layer_balance, load = layer(x, layout, members, probes[-1] if probes is not None else None)
+            x, layer_balance, load = layer(x, layout, probes[-1] if probes is not None else None)
             if load is not None:
                 balance = balance + layer_balance
                 loads.append(load)

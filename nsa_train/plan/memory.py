@@ -71,14 +71,14 @@ def attention_bytes(config: Config) -> float:
 def experts_bytes(config: Config) -> float:
     """Kept by a mixture of experts, of a token."""
     e, width = config.moe, dtype_of(config.trainer.dtype).itemsize
-    rows = e.top_k * (2 * e.expert_width * width + FP32 + 3 * INT64)  # gate_up's product, weights and tables
+    rows = e.top_k * (2 * e.expert_width * width + 2 * INT64)  # gate_up's product; tables of rows
     return routing_bytes(config) + rows + 3 * e.shared * e.expert_width * width
 
 
 def routing_bytes(config: Config) -> float:
-    """Kept by a router, of a token: its input, once more in fp32, and scores. Never recomputed."""
-    m, width = config.model, dtype_of(config.trainer.dtype).itemsize
-    return m.width * (width + (FP32 if width < FP32 else 0)) + 5 * config.moe.experts * FP32
+    """Kept by a router, of a token: its input, logits, and what it gave the experts. Never recomputed."""
+    m, e = config.model, config.moe
+    return m.width * dtype_of(config.trainer.dtype).itemsize + e.experts * FP32 + e.top_k * (INT64 + FP32)
 
 
 def dense_bytes(config: Config) -> float:

@@ -12,7 +12,7 @@ from nsa_train.model.moe import MoE
 from nsa_train.packing import Packing
 
 M, T = 32, sum(LENGTHS)
-MEMBERS = Packing.from_lengths(LENGTHS).members()
+CU_SEQLENS = Packing.from_lengths(LENGTHS).cu_seqlens
 
 
 def moe(**fields):
@@ -31,7 +31,7 @@ def expert(x, gate_up, down):
 @pytest.mark.parametrize("shared", [0, 1, 3])
 def test_output_is_shared_experts_plus_weighted_routed_ones(shared):
     made, x = moe(shared=shared)
-    routing = made.router(x, MEMBERS)
+    routing = made.router(x, CU_SEQLENS)
     want = torch.zeros_like(x)
     for t in range(T):
         for weight, e in zip(routing.weights[t], routing.experts[t].tolist(), strict=True):
@@ -48,12 +48,12 @@ def test_shared_experts_are_as_wide_as_their_number():
 
 def test_without_routed_weight_only_shared_experts_speak():
     made, x = moe()
-    routing = made.router(x, MEMBERS)
+    routing = made.router(x, CU_SEQLENS)
     silent = routing._replace(weights=torch.zeros_like(routing.weights))
     assert torch.equal(made(x, silent), made.shared(x))
 
 
 def test_the_router_learns_through_the_weights():
     made, x = moe()
-    made(x, made.router(x, MEMBERS)).square().sum().backward()
+    made(x, made.router(x, CU_SEQLENS)).square().sum().backward()
     assert made.router.weight.grad.abs().amax(1).min() > 0

@@ -10,7 +10,7 @@ from nsa_train.model.router import Router, update_bias
 from nsa_train.packing import Packing
 
 T, M, E, K = sum(LENGTHS), 32, MOE.experts, MOE.top_k
-MEMBERS = Packing.from_lengths(LENGTHS, documents=5).members()
+CU_SEQLENS = Packing.from_lengths(LENGTHS, documents=5).cu_seqlens
 
 
 def router(**fields):
@@ -32,7 +32,7 @@ def scores_of(made, x):
 @pytest.mark.parametrize("normalise", [True, False])
 def test_a_token_visits_its_best_experts_with_their_scores(kind, normalise):
     made, x = router(router=kind, normalise=normalise, routed_scale=2.5), tokens()
-    routing, scores = made(x, MEMBERS), scores_of(made, x)
+    routing, scores = made(x, CU_SEQLENS), scores_of(made, x)
     for t in range(T):
         best = sorted(range(E), key=lambda e: -float(scores[t, e]))[:K]
         assert sorted(routing.experts[t].tolist()) == sorted(best)
@@ -45,7 +45,7 @@ def test_a_token_visits_its_best_experts_with_their_scores(kind, normalise):
 def test_the_bias_steers_the_choice_but_not_the_weights(kind):
     made, x = router(router=kind), tokens()
     made.bias[2] = 10.0
-    routing, scores = made(x, MEMBERS), scores_of(made, x)
+    routing, scores = made(x, CU_SEQLENS), scores_of(made, x)
     assert (routing.experts == 2).any(-1).all()
     kept = scores.gather(-1, routing.experts)
     torch.testing.assert_close(routing.weights.detach(), kept / kept.sum(-1, keepdim=True))
@@ -55,12 +55,12 @@ def test_the_bias_steers_the_choice_but_not_the_weights(kind):
 def test_the_bias_does_not_change_the_share_of_scores_in_the_balance_loss():
     made, x = router(), tokens()
     made.bias += 7.0  # the same for all: no other choice
-    plain = router()(x, MEMBERS)
-    assert torch.equal(made(x, MEMBERS).balance, plain.balance)
+    plain = router()(x, CU_SEQLENS)
+    assert torch.equal(made(x, CU_SEQLENS).balance, plain.balance)
 
 
 def test_load_counts_the_tokens_of_each_expert():
-    routing = router()(tokens(), MEMBERS)
+    routing = router()(tokens(), CU_SEQLENS)
     assert routing.load.tolist() == [int((routing.experts == e).sum()) for e in range(E)]
     assert routing.load.sum() == T * K
 
@@ -68,7 +68,7 @@ def test_load_counts_the_tokens_of_each_expert():
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
 def test_balance_loss_is_counted_document_by_document(kind):
     made, x = router(router=kind), tokens()
-    routing, scores = made(x, MEMBERS), scores_of(made, x)
+    routing, scores = made(x, CU_SEQLENS), scores_of(made, x)
     want, first = 0.0, 0
     for length in LENGTHS:
         for e in range(E):
@@ -82,14 +82,14 @@ def test_balance_loss_is_counted_document_by_document(kind):
 def test_balance_loss_of_even_scores_is_the_number_of_tokens():
     made = router()
     torch.nn.init.zeros_(made.weight)
-    assert float(made(tokens(), MEMBERS).balance.detach()) == pytest.approx(T, rel=1e-6)
+    assert float(made(tokens(), CU_SEQLENS).balance.detach()) == pytest.approx(T, rel=1e-6)
 
 
 def test_balance_loss_pushes_the_most_visited_expert_down():
     made, x = router(), tokens().abs()
     with torch.no_grad():
         made.weight[1] += 0.2
-    routing = made(x, MEMBERS)
+    routing = made(x, CU_SEQLENS)
     (gradient,) = torch.autograd.grad(routing.balance, made.weight)
     assert routing.load.argmax() == 1
     after = made.weight.detach() - 1e-4 * gradient
@@ -98,7 +98,7 @@ def test_balance_loss_pushes_the_most_visited_expert_down():
 
 def test_scores_are_fp32_for_bf16_tokens():
     made, x = router(), tokens().bfloat16()
-    got, want = made(x, MEMBERS), made(x.float(), MEMBERS)
+    got, want = made(x, CU_SEQLENS), made(x.float(), CU_SEQLENS)
     assert got.weights.dtype == got.balance.dtype == torch.float32
     assert torch.equal(got.weights, want.weights)
     assert torch.equal(got.experts, want.experts)
@@ -126,7 +126,7 @@ def test_balancing_evens_out_the_load():
     made.weight[0] += 0.1 * x.mean(0)
     spread = []
     for _ in range(200):
-        load = made(x, MEMBERS).load
+        load = made(x, CU_SEQLENS).load
         spread.append(float(load.max() - load.min()))
         update_bias(made.bias, load, 0.005)
     assert sum(spread[-20:]) / 20 < 0.5 * spread[0]

@@ -6,7 +6,7 @@ import torch
 from nsa_train.config.load import load_config
 from nsa_train.model import layers
 from nsa_train.model.transformer import Transformer
-from nsa_train.ops import compress, experts
+from nsa_train.ops import compress, experts, routing
 from nsa_train.ops.rope import _Rotate
 from nsa_train.packing import Packing
 from nsa_train.plan.memory import kept, memory
@@ -30,7 +30,7 @@ class _FusedNorm(torch.autograd.Function):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    for op in (compress, experts):
+    for op in (compress, experts, routing):
         monkeypatch.setattr(op, "on_kernels", lambda x: True)
     monkeypatch.setattr(layers, "rotate", _Rotate.apply)
     monkeypatch.setattr(layers.RMSNorm, "forward", lambda self, x: _FusedNorm.apply(x, self.weight, self.eps))
