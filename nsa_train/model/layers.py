@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsa_train.ops.experts import swiglu
+from nsa_train.ops.norm import rms_norm, sum_and_norm
 from nsa_train.ops.rope import rotate
 from nsa_train.runtime import seed_of
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight; PyTorch computes it in fp32 also for bf16."""
+    """x / rms(x) * weight, computed in fp32 also for bf16."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -22,7 +22,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SumNorm(RMSNorm):
+    """(x + y, its RMSNorm)."""
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return sum_and_norm(x, y, self.weight, self.eps)
 
 
 YARN_SLOW, YARN_FAST = 1.0, 32.0  # alpha and beta: turns within the trained length

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nsa_train.config.schema import AttentionConfig, ModelConfig, MoEConfig
 from nsa_train.model.attention import Attention, Layout, Probe
-from nsa_train.model.layers import RMSNorm, SwiGLU, normal_, rope_angles
+from nsa_train.model.layers import RMSNorm, SumNorm, SwiGLU, normal_, rope_angles
 from nsa_train.model.moe import MoE
 from nsa_train.model.router import Router, Routing, update_bias
 from nsa_train.ops.loss import chunked_token_losses
@@ -39,15 +39,15 @@ class Layer(nn.Module):
         super().__init__()
         self.attention_norm = RMSNorm(model.width, model.norm_eps)
         self.attention = Attention(model, attention)
-        self.mlp_norm = RMSNorm(model.width, model.norm_eps)
+        self.mlp_norm = SumNorm(model.width, model.norm_eps)
         self.mlp = SwiGLU(model.width, (moe.top_k + moe.shared) * moe.expert_width) if dense else MoE(model.width, moe)
         self.recompute = False
 
     def forward(self, x: Tensor, layout: Layout, probe: Probe | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """[T, M] -> [T, M], and the balance loss and load of a mixture of experts."""
-        x = x + self._maybe_again(self._attend, x, layout, probe)
+        attended = self._maybe_again(self._attend, x, layout, probe)
         with record_function("norms"):
-            h = self.mlp_norm(x)
+            x, h = self.mlp_norm(x, attended)
         if isinstance(self.mlp, SwiGLU):
             return x + self._maybe_again(self._dense, h), None, None
         with record_function("router"):

@@ -1,10 +1,10 @@
-"""The head's loss and its gradients on a GPU, in bf16."""
+"""The head's loss, norms and their gradients on a GPU, in bf16."""
 
 import pytest
 import torch
 
 from nsa_train.bench.timing import relative_error
-from nsa_train.ops import loss
+from nsa_train.ops import loss, norm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("unwritten_memory_is_poison")]
 
@@ -70,3 +70,33 @@ def test_the_backward_pass_needs_a_chunk_of_logits_and_the_sum_of_the_weights_gr
     loss.chunked_token_losses(*leaves, labels, chunk).sum().backward()
     needed = torch.cuda.max_memory_allocated() - before
     assert needed < 1.1 * (2 * chunk * V + 2 * T * M + 6 * V * M) + 2**25  # cuBLAS may take its workspace each time
+
+
+@pytest.mark.parametrize(("R", "M"), [(1, 384), (5000, 384), (777, 1536), (300, 2561), (40, 8192), (20, 8193), (0, 64)])
+def test_norms_and_gradients_are_those_of_fp64_and_the_same_twice(R, M):
+    torch.manual_seed(0)
+    shapes = ((R, M), (R, M), (M,), (R, M), (R, M))
+    x, y, weight, d_total, grad = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+    found = []
+    for dtype in (torch.bfloat16, torch.float64, torch.bfloat16):  # fp64 takes the plain form
+        own = [leaf.to(dtype).requires_grad_() for leaf in (x, y, weight)]
+        total, out = norm.sum_and_norm(*own, 1e-6)
+        gradients = torch.autograd.grad((total, out), own, (d_total.to(dtype), grad.to(dtype)))
+        alone = norm.rms_norm(own[0], own[2], 1e-6)
+        found.append([total, out, *gradients, alone, *torch.autograd.grad(alone, own[::2], grad.to(dtype))])
+    for i, (got, want, again) in enumerate(zip(*found, strict=True)):
+        assert got.dtype == torch.bfloat16
+        assert got.isfinite().all(), i
+        assert not want.any() or relative_error(got, want) < 1e-2, i
+        assert torch.equal(got, again), i
+
+
+def test_the_norm_of_a_sum_has_the_bits_of_pytorchs():
+    torch.manual_seed(0)
+    x, y, weight = (
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((999, 384), (999, 384), (384,))
+    )
+    total, out = norm.sum_and_norm(x, y, weight, 1e-6)
+    want = torch.nn.functional.rms_norm(x + y, (384,), weight, 1e-6)
+    assert torch.equal(total, x + y)
+    assert (out == want).float().mean() > 0.999  # sums of squares in another order may round another way

@@ -6,7 +6,7 @@ import torch
 from nsa_train.config.load import load_config
 from nsa_train.model import layers
 from nsa_train.model.transformer import Transformer
-from nsa_train.ops import compress, experts, routing
+from nsa_train.ops import compress, experts, norm, routing
 from nsa_train.ops.rope import _Rotate
 from nsa_train.packing import Packing
 from nsa_train.plan.memory import kept, memory
@@ -18,22 +18,11 @@ SIZES = [
 ]  # fmt: skip
 
 
-class _FusedNorm(torch.autograd.Function):
-    """Keeps what PyTorch's kernel for GPUs keeps: its input and a number a row. Has no backward pass: none is run."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-        ctx.save_for_backward(x, weight, scale)
-        return x * scale * weight
-
-
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    for op in (compress, experts, routing):
+    for op in (compress, experts, norm, routing):
         monkeypatch.setattr(op, "on_kernels", lambda x: True)
     monkeypatch.setattr(layers, "rotate", _Rotate.apply)
-    monkeypatch.setattr(layers.RMSNorm, "forward", lambda self, x: _FusedNorm.apply(x, self.weight, self.eps))
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
