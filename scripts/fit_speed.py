@@ -19,6 +19,7 @@ from nsa_train.bench.training import overrides_of
 from nsa_train.config.load import load_config
 from nsa_train.data.stages import at_stage, stages_of
 from nsa_train.plan.speed import GPUS, Gpu, fitted, kind_of
+from nsa_train.train.profile import DATA, HOST
 
 
 def of_training(gpu: Gpu, rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
@@ -27,7 +28,8 @@ def of_training(gpu: Gpu, rows: list[dict[str, Any]]) -> dict[str, dict[int, flo
         if row["attention"] == "nsa" and row.get("parts"):
             config = load_config(overrides_of(row["preset"], row["attention"], row["T"], 1, row["overrides"]))
             config = at_stage(config, stages_of(config)[0], row["gpus"])
-            for part, shares in fitted(config, gpu, row["gpus"], row["parts"]).items():
+            on_gpu = {part: ms for part, ms in row["parts"].items() if part not in (DATA, HOST)}
+            for part, shares in fitted(config, gpu, row["gpus"], on_gpu).items():
                 found[part] = found.get(part, {}) | shares
     return found
 

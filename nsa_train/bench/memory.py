@@ -1,6 +1,6 @@
 """`nsa-train bench memory`: the memory that `nsa-train plan` says a run needs, beside the peak that a GPU allocates.
 
-A few steps of each run, two micro-batches a step. `planned_gib` is of a rank, by part: states, activations kept from the
+A few steps of each run, two micro-batches each. `planned_gib` is of a rank, by part: states, activations kept from the
 forward to the backward pass, and what comes and goes, of which the largest counts. `ratio` is measured over planned.
 """
 
@@ -78,7 +78,7 @@ def markdown(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
     for device, row in rows:
         states, kept = (sum(row["planned_gib"][group].values()) for group in ("states", "kept"))
         passing = max(row["planned_gib"]["passing"].values())
-        measured = f"{row['error']} | -" if "error" in row else f"{row['peak_gib']:.1f} | {row['ratio']:.2f}"
+        measured = "failed | -" if "error" in row else f"{row['peak_gib']:.1f} | {row['ratio']:.2f}"
         lines.append(
             f"| {row['gpus']} x {device} | `{row['preset']}`, {row['attention']} | {row['T'] // 1024}k | "
             f"{row['micro_rows']} | {row['dtype']}{', recomputed' * row['checkpointing']} | {row['zero']} | "
