@@ -50,6 +50,12 @@ def test_the_advice_is_the_first_of_all_that_fit(options, gib):
     assert wanted or len(found.words) > 2
 
 
+def test_rows_are_made_fewer_one_divisor_at_a_time():
+    config = load_config(["experiment=r1", "trainer.batch_rows=12", "trainer.micro_rows=4"])
+    gpu = replace(H100, memory_gib=need(config, 1).total / GIB + 1.9)
+    assert first_that_fits(config, 1, gpu).words == ("trainer.micro_rows=3",)
+
+
 def test_what_fits_needs_no_advice_and_what_cannot_fit_gets_none():
     assert "fits 1 x h100" in plan(load_config(["experiment=r1"]), Machine(gpus=(1,)))
     assert "no key makes it fit" in plan(

@@ -94,10 +94,20 @@ def test_longer_rows_are_slower_most_of_all_for_full_attention():
     assert slower("full") > 1.3 * slower("nsa") > 1.3
 
 
-def test_recomputation_and_smaller_micro_batches_take_longer():
-    base = tokens_per_s("experiment=r1")
-    assert tokens_per_s("experiment=r1", "trainer.activation_checkpointing=true") < base
-    assert tokens_per_s("experiment=r1", "trainer.micro_rows=1") < base
+def test_recomputation_takes_a_forward_pass_more_of_what_is_recomputed():
+    once, again = (
+        speed.step_seconds(alone("experiment=r1", f"trainer.activation_checkpointing={on}"), "h100", 1)
+        for on in (False, True)
+    )
+    ratio = {part: again[part] / seconds for part, seconds in once.items()}
+    assert {ratio.pop(part) for part in ("head", "router", "optimizer", "other")} == {1.0}
+    assert ratio.pop("attention, selection") == pytest.approx(2)
+    assert 1 < ratio.pop("norms") < 4 / 3 < ratio.pop("attention, gates")
+    assert ratio == pytest.approx(dict.fromkeys(ratio, 4 / 3))
+
+
+def test_smaller_micro_batches_take_longer():
+    assert tokens_per_s("experiment=r1", "trainer.micro_rows=1") < tokens_per_s("experiment=r1")
 
 
 def test_zero_3_sends_more_and_zero_1_less_than_zero_2():
