@@ -74,12 +74,12 @@ def _show_config(overrides: list[str]) -> int:
     return 0
 
 
-def _plan(overrides: list[str]) -> int:
-    """parameters, FLOPs and memory of a configuration, before anything starts"""
-    config = _config(overrides)
-    from nsa_train.plan.report import plan
+def _plan(words: list[str]) -> int:
+    """parameters, FLOPs, speed and memory of a run before it starts: `plan [gpu=h100] [gpus=N,N] [key=value ...]`"""
+    from nsa_train.plan.report import Machine, plan
 
-    _show(plan(config))
+    machine, overrides = Machine.parse(words)
+    _show(plan(_config(overrides), machine))
     return 0
 
 
@@ -104,10 +104,13 @@ def _data(words: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    """measure this machine: `bench attention`, `moe`, `training` or `data`, with --help for their options"""
-    from nsa_train.bench import attention, data, moe, training
+    """measure this machine: `bench attention`, `moe`, `training`, `memory` or `data`, with --help for their options"""
+    from nsa_train.bench import attention, data, memory, moe, training
 
-    benchmarks = {"attention": attention.main, "moe": moe.main, "training": training.main, "data": data.main}
+    benchmarks = {
+        "attention": attention.main, "moe": moe.main, "training": training.main, "memory": memory.main,
+        "data": data.main,
+    }  # fmt: skip
     if not arguments or arguments[0] not in benchmarks:
         raise NsaTrainError(f"bench: name one of {', '.join(benchmarks)}, like `nsa-train bench attention --help`")
     return benchmarks[arguments[0]](arguments[1:])

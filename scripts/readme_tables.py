@@ -1,7 +1,7 @@
-"""Put the figures of docs/results/ into README.md, between <!-- table: NAME --> and <!-- end -->.
+"""Put the figures of docs/results/ into README.md and docs/, between <!-- table: NAME --> and <!-- end -->.
 
 python scripts/readme_tables.py           # write
-python scripts/readme_tables.py --check   # exit 1 if README says something else than the JSON
+python scripts/readme_tables.py --check   # exit 1 if a page says something else than the JSON
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nsa_train.bench import memory
 from nsa_train.bench.figures import totals
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,29 +72,39 @@ def attention_line(result: dict[str, Any], op: dict[str, Any]) -> str:
     return f"{start}{ms:.2f} | {beside} | {op['peak_gib']:.1f} |"
 
 
-TABLES = {"first_run": first_run, "attention": attention}
+def memory_plan() -> str:
+    """The plan's memory beside what a GPU saw, all machines in one table."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("memory_*.json"))]
+    return memory.markdown([(result["device"]["name"], row) for result in results for row in result["rows"]])
 
 
-def filled(text: str) -> str:
-    for name, table in TABLES.items():
+PAGES = {
+    "README.md": {"first_run": first_run, "attention": attention},
+    "docs/performance.md": {"memory": memory_plan},
+}
+
+
+def filled(page: str, text: str) -> str:
+    for name, table in PAGES[page].items():
         start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
         pattern = re.escape(start) + ".*?" + re.escape(end)
         text, found = re.subn(pattern, (start + table() + "\n" + end).replace("\\", r"\\"), text, flags=re.DOTALL)
         if not found:
-            raise SystemExit(f"README.md has no place for the table {name}")
+            raise SystemExit(f"{page} has no place for the table {name}")
     return text
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    before = path.read_text()
-    after = filled(before)
-    if "--check" in sys.argv:
-        if before != after:
-            print("README.md differs from docs/results/: run python scripts/readme_tables.py", file=sys.stderr)
-        return int(before != after)
-    path.write_text(after)
-    return 0
+    code = 0
+    for page in PAGES:
+        before = (ROOT / page).read_text()
+        after = filled(page, before)
+        if "--check" not in sys.argv:
+            (ROOT / page).write_text(after)
+        elif before != after:
+            print(f"{page} differs from docs/results/: run python scripts/readme_tables.py", file=sys.stderr)
+            code = 1
+    return code
 
 
 if __name__ == "__main__":

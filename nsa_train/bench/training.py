@@ -21,11 +21,11 @@ from nsa_train.bench import results
 from nsa_train.bench.runs import train_run
 from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
-from nsa_train.data.loader import largest_divisor
+from nsa_train.data.stages import largest_divisor
 from nsa_train.errors import NsaTrainError
 from nsa_train.plan.flops import training_flops
+from nsa_train.plan.speed import GPUS, kind_of
 
-PEAK_FLOPS = {"90": 989e12}  # dense bf16 of a GPU, by architecture
 LOG_EVERY = 5  # steps that a speed is a mean over
 PROFILE = ("profile=trace", "profile.skip=6", "profile.steps=3")
 PROFILED = 10  # steps after which start-up, compilation and profile are over
@@ -68,9 +68,10 @@ def one_run(preset: str, arm: str, T: int, steps: int, gpus: int, rest: list[str
     if run.error:
         return {**row, "error": run.error}
     speeds = [r["tokens_per_s"] for r in run.logged if r["step"] > PROFILED]
+    kind = kind_of(torch.cuda.get_device_name())
     parts = json.loads((folder / name / "profile" / "parts.json").read_text())["parts"]
     return {
-        **row, **figures(speeds, config, full, gpus, PEAK_FLOPS.get(results.device_facts()["sm"] or "")),
+        **row, **figures(speeds, config, full, gpus, GPUS[kind].flops if kind else None),
         "peak_gib": max(r["mem_gib"] for r in run.logged), "parts": parts,
     }  # fmt: skip
 

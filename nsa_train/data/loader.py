@@ -17,7 +17,7 @@ from nsa_train import runtime
 from nsa_train.config.schema import DataConfig
 from nsa_train.data.mixture import EVERYTHING, Mixture, Stream, groups_of
 from nsa_train.data.pack import PACKING_KEYS, Plan, Stretches, aligned, documents_in_row, make_plan
-from nsa_train.data.stages import Stage
+from nsa_train.data.stages import Stage, largest_divisor
 from nsa_train.data.store import TokenStore
 from nsa_train.errors import ConfigError, DataError
 from nsa_train.packing import Packing, to_device
@@ -312,8 +312,3 @@ def deal(costs: Sequence[int], world: int) -> list[list[int]]:
             hands[rank].append(row)
             totals[rank] += costs[row]
     return hands
-
-
-def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` that is at most `limit`."""
-    return max(size for size in range(1, min(number, limit) + 1) if number % size == 0)

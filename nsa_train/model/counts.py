@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
-from nsa_train.config.schema import Config
+from nsa_train.config.schema import AttentionConfig, Config, ModelConfig, MoEConfig
 from nsa_train.model.transformer import Transformer
 
 # Part of a parameter: the first fragment that its name contains.
@@ -52,6 +54,11 @@ def count_parameters(model: Transformer) -> dict[str, int]:
 
 
 def meta_model(config: Config) -> Transformer:
-    """The model without memory, for counting."""
+    """The model without memory, for counting; the same object for the same sizes."""
+    return _meta_model(config.model, config.attention, config.moe)
+
+
+@lru_cache(maxsize=4)
+def _meta_model(model: ModelConfig, attention: AttentionConfig, moe: MoEConfig) -> Transformer:
     with torch.device("meta"):
-        return Transformer(config.model, config.attention, config.moe)
+        return Transformer(model, attention, moe)

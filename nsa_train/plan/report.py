@@ -2,21 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
 from nsa_train.config.schema import Config
+from nsa_train.data.stages import at_stage, stages_of
+from nsa_train.errors import ConfigError
 from nsa_train.model.counts import meta_model, parameters_by_part
+from nsa_train.plan.advice import CONTEXT_GIB, GIB, first_that_fits, largest_part, need, room
 from nsa_train.plan.flops import forward_flops, training_flops
-from nsa_train.plan.memory import Memory, memory
+from nsa_train.plan.speed import GPUS, predictable, run_seconds, step_seconds
 from nsa_train.runtime import dtype_of
 
-GIB = 2**30
-RANKS = (1, 8, 64)
-GPU_GIB = 79  # that a program finds free on an 80 GB GPU
-CONTEXT_GIB = 2  # of CUDA, its libraries and what an allocator leaves unused
+COUNTS = (1, 8, 64)  # of GPUs, where none are named
 
 
-def plan(config: Config) -> str:
-    """Parameters, FLOPs and memory, a line each part, and what to change where a GPU of 80 GB is too small."""
-    return "\n\n".join([_parameters(config), _flops(config), _memory(config)])
+@dataclass(frozen=True)
+class Machine:
+    """gpu  kind, a key of `GPUS`;  gpus  how many, a column of the report each; empty: those of COUNTS that fit"""
+
+    gpu: str = "h100"
+    gpus: tuple[int, ...] = ()
+
+    @staticmethod
+    def parse(words: Sequence[str]) -> tuple[Machine, list[str]]:
+        """The machine in `gpu=` and `gpus=`, and the other words, which are about the configuration."""
+        machine, others = Machine(), []
+        for word in words:
+            key, _, value = word.partition("=")
+            if key == "gpu":
+                if value not in GPUS:
+                    raise ConfigError(f"{word}: no such kind of GPU; use {' or '.join(GPUS)}")
+                machine = replace(machine, gpu=value)
+            elif key == "gpus":
+                numbers = value.split(",")
+                if not all(number.isdecimal() and int(number) > 0 for number in numbers):
+                    raise ConfigError(f"{word}: gpus must be numbers from 1 on, like gpus=8 or gpus=8,64")
+                machine = replace(machine, gpus=tuple(int(number) for number in numbers))
+            else:
+                others.append(word)
+        return machine, others
+
+
+def plan(config: Config, machine: Machine | None = None) -> str:
+    """Parameters, FLOPs, speed and memory, a line each part, and what to change where a GPU is too small."""
+    machine = machine or Machine()
+    if config.trainer.dtype == "auto":  # on a GPU
+        config = replace(config, trainer=replace(config.trainer, dtype="bf16"))
+    counts = machine.gpus or tuple(n for n in COUNTS if not config.sharing_problems(n))
+    if problems := [f"gpus={n}: {problem}" for n in counts for problem in config.sharing_problems(n)]:
+        raise ConfigError("\n".join(problems))
+    parts = [_parameters(config), _flops(config), _speed(config, machine.gpu, counts)]
+    return "\n\n".join([*parts, _memory(config, machine.gpu, counts)])
 
 
 def _parameters(config: Config) -> str:
@@ -43,40 +80,61 @@ def _flops(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _memory(config: Config) -> str:
+def _speed(config: Config, kind: str, counts: Sequence[int]) -> str:
+    if not predictable(config):
+        return "no speed: it is known for bf16 with the optimizer's state on the GPU only"
+    tokens = config.trainer.batch_rows * config.trainer.seq_len
+    lines = []
+    for stage in stages_of(config):
+        by_count = [step_seconds(at_stage(config, stage, ranks), kind, ranks) for ranks in counts]
+        totals = [sum(seconds.values()) for seconds in by_count]
+        lines.append(f"ms of a step of {tokens:,} tokens in rows of {stage.seq_len}, each one document, on {kind}")
+        lines.append(_row("GPUs", [str(ranks) for ranks in counts]))
+        parts = dict.fromkeys(part for seconds in by_count for part in seconds)
+        lines += [_row(part, [f"{1e3 * seconds.get(part, 0.0):,.1f}" for seconds in by_count]) for part in parts]
+        lines.append(_row("all", [f"{1e3 * total:,.1f}" for total in totals]))
+        lines.append(_row("tokens/s", [f"{tokens / total:,.0f}" for total in totals]))
+    run = [_duration(run_seconds(config, kind, ranks)) for ranks in counts]
+    lines.append(_row(f"{config.trainer.steps * tokens / 1e9:,.3f} B tokens take", run))
+    return "\n".join(
+        [*lines, "  (measured shares of the peak; links between GPUs at their peak; no wait for the host)"]
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:,.2f} h" if seconds < 48 * 3600 else f"{seconds / 86400:,.1f} days"
+
+
+def _row(name: str, values: Sequence[str]) -> str:
+    return f"  {name:30}" + "".join(f"{value:>14}" for value in values)
+
+
+def _memory(config: Config, kind: str, counts: Sequence[int]) -> str:
     trainer, dtype = config.trainer, dtype_of(config.trainer.dtype)
-    by_ranks = [memory(config, ranks) for ranks in RANKS]
+    by_count = [need(config, ranks) for ranks in counts]
     lines = [
-        f"GiB per rank on a GPU, {str(dtype)[6:]}, ZeRO {config.parallel.zero_stage}, {trainer.micro_rows} rows of "
-        f"{trainer.seq_len} tokens in a forward pass" + ", recomputed" * trainer.activation_checkpointing,
-        f"  {'ranks':30}" + "".join(f"{ranks:>12}" for ranks in RANKS),
+        f"GiB per rank, {str(dtype)[6:]}, ZeRO {config.parallel.zero_stage}, {trainer.micro_rows} rows of "
+        f"{trainer.seq_len} tokens in a forward pass at most" + ", recomputed" * trainer.activation_checkpointing,
+        _row("GPUs", [str(ranks) for ranks in counts]),
     ]
     for group in ("states", "kept", "passing"):
-        for part in getattr(by_ranks[0], group):
-            values = [getattr(one, group)[part] / GIB for one in by_ranks]
+        for part in getattr(by_count[0], group):
             note = " (passing)" if group == "passing" else ""
-            lines.append(f"  {part + note:30}" + "".join(f"{value:>12,.2f}" for value in values))
-    lines.append(f"  {'all, the largest passing one':30}" + "".join(f"{one.total / GIB:>12,.2f}" for one in by_ranks))
-    return "\n".join([*lines, *_advice(config, by_ranks)])
+            lines.append(_row(part + note, [f"{getattr(one, group)[part] / GIB:,.2f}" for one in by_count]))
+    lines.append(_row("all, the largest passing one", [f"{one.total / GIB:,.2f}" for one in by_count]))
+    return "\n".join([*lines, *(_verdict(config, kind, ranks) for ranks in counts)])
 
 
-def _advice(config: Config, by_ranks: list[Memory]) -> list[str]:
-    """What is too large for a GPU of 80 GB, and which key makes it smaller."""
-    room = (GPU_GIB - CONTEXT_GIB) * GIB
-    found = []
-    for ranks, one in zip(RANKS, by_ranks, strict=True):
-        if one.total <= room:
-            continue
-        states, kept, passing = sum(one.states.values()), sum(one.kept.values()), one.passing
-        if states > room:
-            stage = "parallel=zero3" if config.parallel.zero_stage < 3 else "parallel.offload_optimizer=cpu"
-            key = f"weights, gradients and optimizer alone take {states / GIB:,.0f} GiB: more ranks, or {stage}"
-        elif kept > max(passing.values()) and not config.trainer.activation_checkpointing:
-            less = "fewer trainer.micro_rows, or trainer.activation_checkpointing=true"
-            key = f"activations take {kept / GIB:,.0f} GiB: {less}"
-        elif max(passing, key=lambda part: passing[part]) == "head backward":
-            key = f"the head takes {passing['head backward'] / GIB:,.0f} GiB: a smaller trainer.loss_chunk_tokens"
-        else:
-            key = "fewer trainer.micro_rows, or a shorter trainer.seq_len"
-        found.append(f"  {ranks} x 80 GB are too small by {(one.total - room) / GIB:,.0f} GiB: {key}")
-    return found
+def _verdict(config: Config, kind: str, ranks: int) -> str:
+    """Whether it fits; if not, what is largest, and the first change that fits."""
+    gpu, found = GPUS[kind], need(config, ranks)
+    free = f"{gpu.memory_gib:g} GiB less {CONTEXT_GIB} for CUDA"
+    if found.total <= room(gpu):
+        return f"  fits {ranks} x {kind} ({free})"
+    part, size = largest_part(found)
+    change = first_that_fits(config, ranks, gpu)
+    way = "no key makes it fit: shorter rows or a smaller model"
+    if change:
+        way = f"{' '.join(change.words)} fits, with {need(change.config, change.ranks).total / GIB:,.1f} GiB"
+    over = (found.total - room(gpu)) / GIB
+    return f"  {ranks} x {kind} ({free}) too small by {over:,.1f} GiB; largest: {part}, {size / GIB:,.1f} GiB. {way}"

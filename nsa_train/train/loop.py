@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ import torch
 from nsa_train import runtime
 from nsa_train.config import schema
 from nsa_train.config.load import to_tree
-from nsa_train.data.loader import NO_LABEL, Batch, Loader, largest_divisor
+from nsa_train.data.loader import NO_LABEL, Batch, Loader
 from nsa_train.data.prepare import prepare
-from nsa_train.data.stages import Stage, stages_of
+from nsa_train.data.stages import Stage, micro_batches_of, stages_of
 from nsa_train.data.store import TokenStore
 from nsa_train.errors import DivergedError, Interrupted
 from nsa_train.model.counts import count_parameters
@@ -31,6 +31,7 @@ from nsa_train.parallel.engine import (
     sum_over_ranks,
 )
 from nsa_train.parallel.probe import probe_engine
+from nsa_train.plan.check import PlanCheck
 from nsa_train.train import checkpoint
 from nsa_train.train.evaluate import evaluate, means
 from nsa_train.train.export import export_model
@@ -193,13 +194,15 @@ class _Run:
             on_main(lambda: export_model(weights, self.model.rope_factor, self.config, tokenizer, target))
 
     def _steps(self) -> Iterator[dict[str, Any]]:
-        """Take the remaining steps; yields each step's figures, equal on all ranks."""
+        """Take the remaining steps; yields each step's figures, equal on all ranks but for `seconds`."""
         trainer = self.config.trainer
         profiler = on_main(self._profiler)
+        self.plan_check = on_main(self._plan_check)
         if self.progress.step == 0:
             self._validate()
         self.clock.reset()
         for step in range(self.progress.step, trainer.steps):
+            began = time.perf_counter()
             lr, waited = lr_at(step, trainer.steps, self.config.optim.lr, self.config.schedule), self.clock.waited
             self.engine.set_lr(lr)
             stage = self._enter(step)
@@ -242,17 +245,20 @@ class _Run:
                 "step": step + 1, "tokens": (step + 1) * tokens, "loss": None if bad and not spiked else mean_loss,
                 "lr": lr, "grad_norm": None if bad else self.engine.gradient_norm, "skipped": bad,
                 "spike": spiked > 0, "stop": must_stop > 0, "load": load, "by_source": by_source[:-1],
+                "seconds": time.perf_counter() - began,
             }  # fmt: skip
 
     def _after_step(self, row: dict[str, Any]) -> None:
         """Log, validate, checkpoint, and stop if all ranks agreed to."""
         trainer, step = self.config.trainer, row["step"]
-        stop, load, bad = row.pop("stop"), row.pop("load"), row["skipped"]
+        stop, load, seconds, bad = row.pop("stop"), row.pop("load"), row.pop("seconds"), row["skipped"]
         self.clock.steps += 1
         last = step == trainer.steps
         if step % trainer.log_every == 0 or last or bad or row["spike"] or stop:
             self._log(row, load)
         if self.metrics:
+            if line := self.plan_check.note(step, seconds):
+                self.metrics.say(line)
             self.metrics.progress(step)
         self.watchdog.beat()
         self.progress.skipped += bad
@@ -274,6 +280,10 @@ class _Run:
     def _profiler(self) -> StepProfiler | None:
         profile = self.config.profile
         return StepProfiler(profile, self.folder.path / "profile", self.device) if profile.steps else None
+
+    def _plan_check(self) -> PlanCheck:
+        stage = self.loaders["train"].stage(self.progress.step)
+        return PlanCheck(self.config, stage, self.world, runtime.device_name())
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Batches on the device; the time spent here is the loop's wait for data."""
@@ -442,16 +452,6 @@ def _nats(loss: float | None) -> str:
 def on_main(work: Any) -> Any:
     """The result on rank 0, None elsewhere; nobody waits."""
     return work() if runtime.rank() == 0 else None
-
-
-def micro_batches_of(stages: Sequence[Stage], trainer: schema.TrainerConfig, world: int) -> int:
-    """Micro-batches of a rank in a step: as many in each stage, so every forward pass has as many tokens.
-
-    Those of the longest rows decide; rows of other stages divide them.
-    """
-    longest = max(stages, key=lambda stage: stage.seq_len)
-    rows = longest.batch_rows // world
-    return rows // largest_divisor(rows, max(1, trainer.micro_rows * trainer.seq_len // longest.seq_len))
 
 
 def _epochs(epochs: dict[str, float]) -> str:

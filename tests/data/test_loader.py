@@ -8,9 +8,10 @@ import torch
 from loaders import BATCH_ROWS, MAX_DOCUMENTS, SEQ_LEN, make_loader
 
 from nsa_train.bench.data import realistic_lengths
-from nsa_train.data.loader import NO_DOCUMENT, NO_LABEL, NO_SOURCE, deal, largest_divisor
+from nsa_train.data.loader import NO_DOCUMENT, NO_LABEL, NO_SOURCE, deal
 from nsa_train.data.pack import Stretches, make_plan
 from nsa_train.data.prepare import prepare
+from nsa_train.data.stages import largest_divisor
 from nsa_train.data.store import TokenStore
 from nsa_train.errors import ConfigError, DataError
 

@@ -129,6 +129,13 @@ def interrupt_twice(owner, name, call):
     signal_at(owner, name, call, signal.SIGINT)
 
 
+def name_device(name):
+    """The machine's device is called so."""
+    from nsa_train import runtime
+
+    runtime.device_name = lambda: name
+
+
 def spoil_losses(ranks, steps, factor=float("nan")):
     """The losses of these ranks are multiplied in these steps, counted from 1."""
     from nsa_train import runtime

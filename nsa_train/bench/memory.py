@@ -1,0 +1,109 @@
+"""`nsa-train bench memory`: the memory that `nsa-train plan` says a run needs, beside the peak that a GPU allocates.
+
+A few steps of each run, two micro-batches each. `planned_gib` is of a rank, by part: states, activations kept from the
+forward to the backward pass, and what comes and goes, of which the largest counts. `ratio` is measured over planned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsa_train import runtime
+from nsa_train.bench import results
+from nsa_train.bench.runs import train_run
+from nsa_train.config.load import load_config
+from nsa_train.errors import NsaTrainError
+from nsa_train.plan.advice import GIB, need
+
+Case = tuple[str, str, int, int, tuple[str, ...]]  # preset, arm, T, rows of a forward pass, overrides
+
+STEPS, MICRO_BATCHES = 3, 2
+RECOMPUTED = "trainer.activation_checkpointing=true"
+# ZeRO 1 takes fp32 only: it would sum gradients in bf16.
+CASES: tuple[Case, ...] = (
+    ("r1", "nsa", 8192, 8, ()),
+    ("r1", "full", 8192, 8, ()),
+    ("r1", "nsa", 65536, 1, ()),
+    ("r1", "nsa", 8192, 2, ("parallel=zero1", "trainer.dtype=fp32")),
+    ("r1", "nsa", 8192, 2, ("parallel=zero2", "trainer.dtype=fp32")),
+    ("r2", "nsa", 8192, 4, ()),
+    ("r2", "nsa", 8192, 4, (RECOMPUTED,)),
+    ("m", "nsa", 8192, 1, ()),
+    ("m", "nsa", 65536, 1, (RECOMPUTED,)),
+)
+
+
+def overrides_of(preset: str, arm: str, T: int, micro_rows: int, gpus: int, rest: Sequence[str]) -> list[str]:
+    return [
+        f"experiment={preset}", f"attention={arm}", f"trainer.seq_len={T}", f"trainer.micro_rows={micro_rows}",
+        f"trainer.batch_rows={micro_rows * MICRO_BATCHES * gpus}", f"trainer.steps={STEPS}", "trainer.log_every=1",
+        f"trainer.val_every={STEPS}", f"trainer.checkpoint_every={STEPS}", "trainer.val_rows=1",
+        "trainer.export=false", "logging.wandb=disabled", *rest,
+    ]  # fmt: skip
+
+
+def one_run(case: Case, gpus: int, rest: list[str], folder: Path) -> dict[str, Any]:
+    """A row; with `error` in place of figures where the run failed."""
+    preset, arm, T, micro_rows, own = case
+    overrides = overrides_of(preset, arm, T, micro_rows, gpus, [*own, *rest])
+    config = load_config(overrides)
+    plan = need(config, gpus)
+    planned = {group: {part: size / GIB for part, size in parts.items()} for group, parts in vars(plan).items()}
+    row: dict[str, Any] = {
+        "preset": preset, "attention": arm, "T": T, "micro_rows": micro_rows, "dtype": config.trainer.dtype,
+        "checkpointing": config.trainer.activation_checkpointing, "zero": config.parallel.zero_stage, "gpus": gpus,
+        "overrides": [*own, *rest], "planned_gib": planned, "planned_total_gib": plan.total / GIB,
+    }  # fmt: skip
+    name = "-".join(str(word) for word in (*case[:4], row["dtype"], row["checkpointing"], row["zero"]))
+    places = [f"name={name}", f"runs_dir={folder}", f"data.prepared_dir={folder}/prepared"]
+    run = train_run(folder / name, [*overrides, *places], processes=gpus)
+    if run.error:
+        return {**row, "error": run.error}
+    peak = max(logged["mem_gib"] for logged in run.logged)
+    return {**row, "peak_gib": peak, "ratio": peak * GIB / plan.total}
+
+
+def markdown(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """A table of (name of the GPU, row)."""
+    lines = [
+        "| GPU | preset, arm | T | rows | dtype | ZeRO | states | kept | passing | planned GiB | peak GiB | ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for device, row in rows:
+        states, kept = (sum(row["planned_gib"][group].values()) for group in ("states", "kept"))
+        passing = max(row["planned_gib"]["passing"].values())
+        measured = "failed | -" if "error" in row else f"{row['peak_gib']:.1f} | {row['ratio']:.2f}"
+        lines.append(
+            f"| {row['gpus']} x {device} | `{row['preset']}`, {row['attention']} | {row['T'] // 1024}k | "
+            f"{row['micro_rows']} | {row['dtype']}{', recomputed' * row['checkpointing']} | {row['zero']} | "
+            f"{states:.1f} | {kept:.1f} | {passing:.1f} | {row['planned_total_gib']:.1f} | {measured} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark and write <out>/memory_<gpu>.json; the exit code."""
+    parser = argparse.ArgumentParser(prog="nsa-train bench memory", description=__doc__)
+    parser.add_argument("--presets", nargs="+", default=["r1", "r2", "m"])
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of the JSON")
+    parser.add_argument("--commit", help="source commit, where the tree is no git checkout")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="for all runs")
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise NsaTrainError("bench memory: no CUDA device here; it measures memory of GPUs")
+    runtime.share_cores(args.gpus)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for case in (case for case in CASES if case[0] in args.presets):
+            rows.append(one_run(case, args.gpus, args.set, Path(folder)))
+            runtime.log.info("%s", rows[-1])
+            written = results.write_result(f"memory_{results.gpu_label()}", "memory", rows, args.commit, args.out)
+    runtime.log.info("%s\n%s", markdown([(torch.cuda.get_device_name(), row) for row in rows]), written)
+    return 0

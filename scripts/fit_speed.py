@@ -1,0 +1,70 @@
+"""Shares of a GPU's peak by part, from result files, as they stand in nsa_train/plan/speed.py.
+
+python scripts/fit_speed.py docs/results/training_h100.json docs/results/attention_h100.json
+
+Of a training file count the rows with arm `nsa` that have a profile; of two with the same size the later. Of an
+attention file count the fastest dense kernels of one document, which give `attention, full`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from nsa_train.bench.figures import totals
+from nsa_train.bench.training import overrides_of
+from nsa_train.config.load import load_config
+from nsa_train.data.stages import at_stage, stages_of
+from nsa_train.plan.speed import GPUS, Gpu, fitted, kind_of
+from nsa_train.train.profile import DATA, HOST
+
+
+def of_training(gpu: Gpu, rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row["attention"] == "nsa" and row.get("parts"):
+            config = load_config(overrides_of(row["preset"], row["attention"], row["T"], 1, row["overrides"]))
+            config = at_stage(config, stages_of(config)[0], row["gpus"])
+            on_gpu = {part: ms for part, ms in row["parts"].items() if part not in (DATA, HOST)}
+            for part, shares in fitted(config, gpu, row["gpus"], on_gpu).items():
+                found[part] = found.get(part, {}) | shares
+    return found
+
+
+def of_attention(gpu: Gpu, rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """Mean over the lengths."""
+    dense = [row for row in rows if row["part"] == "dense"]
+    found: dict[int, float] = {}
+    for widths in {(row["d_qk"], row["d_v"]): None for row in dense}:
+        heads = next(row["Hq"] for row in dense if (row["d_qk"], row["d_v"]) == widths)
+        fastest: dict[int, float] = {}
+        for by_length in totals(rows, widths, "dense", 1).values():
+            fastest |= {T: min(ms, fastest.get(T, ms)) for T, ms in by_length.items()}
+        flops = {T: 3 * 2 * heads * sum(widths) * T * (T + 1) / 2 for T in fastest}
+        shares = [flops[T] / gpu.flops / (ms / 1e3) for T, ms in fastest.items()]
+        found[widths[0]] = sum(shares) / len(shares)
+    return {"attention, full": found}
+
+
+OF = {"training": of_training, "attention": of_attention}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", help="training_<gpu>.json, attention_<gpu>.json")
+    for path in parser.parse_args().files:
+        result = json.loads(path.read_text())
+        kind = kind_of(result["device"]["name"])
+        if kind is None:
+            sys.exit(f"{path}: {result['device']['name']} is not in nsa_train/plan/speed.py")
+        print(f"# {result['device']['name']}, {result['date']}, {(result['commit'] or '-')[:7]}: {result['command']}")
+        for part, shares in OF[result["schema"].split("/")[1]](GPUS[kind], result["rows"]).items():
+            print(f'"{part}": {{{", ".join(f"{size}: {share:.3f}" for size, share in sorted(shares.items()))}}},')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

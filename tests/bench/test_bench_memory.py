@@ -1,0 +1,47 @@
+"""The memory benchmark: its cases, its rows, its table."""
+
+import pytest
+
+from nsa_train.bench import memory
+from nsa_train.bench.runs import Run
+from nsa_train.config.load import load_config
+from nsa_train.plan.advice import GIB, need
+
+
+def row_of(monkeypatch, tmp_path, run, case=memory.CASES[0], gpus=1):
+    started = []
+    monkeypatch.setattr(memory, "train_run", lambda folder, overrides, processes: started.append(overrides) or run)
+    row = memory.one_run(case, gpus, ["data=stdlib"], tmp_path)
+    return row, started[0]
+
+
+@pytest.mark.parametrize("case", memory.CASES, ids=str)
+def test_every_case_is_a_run_of_its_size_that_the_plan_knows(case, monkeypatch, tmp_path):
+    row, overrides = row_of(monkeypatch, tmp_path, Run(1.0, None, [{"mem_gib": 1.0}, {"mem_gib": 3.0}], {}), case, 2)
+    config = load_config(overrides)
+    planned = need(config, 2)
+    assert (config.trainer.micro_rows, config.trainer.batch_rows, config.trainer.seq_len) == (
+        case[3],
+        4 * case[3],
+        case[2],
+    )
+    assert (row["peak_gib"], row["ratio"]) == (3.0, pytest.approx(3.0 * GIB / planned.total))
+    parts = row["planned_gib"]
+    total = sum(parts["states"].values()) + sum(parts["kept"].values()) + max(parts["passing"].values())
+    assert total == pytest.approx(row["planned_total_gib"]) == pytest.approx(planned.total / GIB)
+
+
+def test_the_cases_are_enough_and_differ():
+    assert (
+        len({memory.overrides_of(*case[:4], 1, case[4]).__str__() for case in memory.CASES}) == len(memory.CASES) >= 6
+    )
+
+
+def test_the_table_has_a_line_for_each_row_also_for_those_that_failed(monkeypatch, tmp_path):
+    good, _ = row_of(monkeypatch, tmp_path, Run(1.0, None, [{"mem_gib": 12.34}], {}))
+    bad, _ = row_of(monkeypatch, tmp_path, Run(1.0, "exit code 1: out of\nmemory", [], {}))
+    assert "peak_gib" not in bad
+    head, rule, *lines = memory.markdown([("GPU", good), ("GPU", bad)]).splitlines()
+    assert len({line.count("|") for line in (head, rule, *lines)}) == 1
+    assert f"{good['planned_total_gib']:.1f} | 12.3 | {good['ratio']:.2f} |" in lines[0]
+    assert "failed" in lines[1]
