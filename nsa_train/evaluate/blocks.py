@@ -155,12 +155,14 @@ def plot_blocks(rows: Sequence[Row], title: str, path: Path) -> None:
     def by_layer(axes: Any, value: Any, label: str, colour: str) -> None:
         """A line of means and a dot for each KV head."""
         of = [[value(head) for head in heads if head["layer"] == layer] for layer in layers]
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.plot(layers, [sum(values) / len(values) for values in of], color=colour, label=label)
         for layer, values in zip(layers, of, strict=True):
             axes.plot([layer] * len(values), values, ".", color=colour)
 
     for i, key in enumerate(RECALLS):
-        by_layer(recall, lambda head, key=key: head[key], key.removesuffix("_recall"), f"C{i}")
+        label = "chosen" if key == "selection_recall" else key.removesuffix("_recall")
+        by_layer(recall, lambda head, key=key: head[key], label, f"C{i}")
     for i, n in enumerate(whole["distinct_blocks"]):
         by_layer(distinct, lambda head, n=n: head["distinct_blocks"][n], f"{n} neighbours", f"C{i}")
     places = range(len(whole["distance"]))
