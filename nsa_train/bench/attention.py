@@ -1,6 +1,7 @@
 """`nsa-train bench attention`: the NSA op, each of its parts and the dense kernels, timed side by side on one GPU.
 
-A card slows down as it warms up, so all candidates of a length take turns, and a row holds the median of its turns.
+Blocks are made up (`bench.inputs`) or those that a trained model chose (`bench.trained`). A card slows down as it warms
+up, so all candidates of a length take turns, and a row holds the median of its turns.
 """
 
 from __future__ import annotations
