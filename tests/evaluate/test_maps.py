@@ -48,6 +48,15 @@ def test_chosen_cells_are_the_blocks_that_are_read(attended):
     assert map_of(0, attended._replace(blocks=None), SPEC).chosen is None
 
 
+def test_padding_is_no_block():
+    """As in the ablation that reads forced blocks alone, here without the first one."""
+    own = torch.arange(100)[:, None, None] // SPEC.slc_block
+    blocks = torch.cat([own, torch.full((100, 1, 7), -1)], -1).int()
+    found = map_of(0, Attended(torch.ones(100, 1, 4), torch.ones(100, 1, 4), blocks), SPEC).chosen
+    assert found[:16, :16].all()
+    assert not found[16:, :16].any()
+
+
 def test_layers_are_the_first_the_middle_and_the_last():
     class Model:
         embed, layers = torch.nn.Embedding(2, 2), range(8)
