@@ -27,6 +27,7 @@ from nsa_train.compare.command import main as compare
 from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
 from nsa_train.errors import DivergedError, Interrupted, NsaTrainError
+from nsa_train.evaluate.command import MAPS, TASKS, misfit
 from nsa_train.train.folder import RunFolder
 
 POLL_S = 0.2
@@ -43,10 +44,12 @@ class Job:
 
     @staticmethod
     def of(name: str, *overrides: str, evaluations: dict[str, list[str]] | None = None) -> Job:
-        """`name` follows the experiment's in the run's."""
+        """`name` follows the experiment's in the run's. Evaluations that the arm does not fit are left out."""
         experiment = load_config(overrides).experiment
         words = (*overrides, f"name={experiment}-{name}")
-        return Job(words, load_config(words), evaluations or {})
+        config = load_config(words)
+        asked = {task: ask for task, ask in (evaluations or {}).items() if not misfit(task, config.attention)}
+        return Job(words, config, asked)
 
     def command(self) -> list[str]:
         """What is to be done next, of `nsa-train`; empty: nothing."""
@@ -173,7 +176,7 @@ def run(queue: Queue, args: argparse.Namespace) -> int:
     if args.rates and (missing := [arm for arm in args.arms if arm not in rates]):
         raise NsaTrainError(f"--rates {args.rates}: no learning rate for {', '.join(missing)}; sweep these arms too")
     lengths = [f"lengths={args.lengths}"] if args.lengths else []
-    asked = {task: [f"task={task}", *lengths] for task in args.eval}
+    asked = {task: [f"task={task}", *(lengths if task != MAPS else [])] for task in args.eval}
     jobs = []
     for seed in args.seeds:
         for arm in args.arms:
@@ -204,8 +207,9 @@ def main() -> int:
     swept.add_argument("--lrs", nargs="+", type=float, required=True, metavar="LR")
     trained.add_argument("--seeds", nargs="+", type=int, default=[0])
     trained.add_argument("--rates", type=Path, help="JSON of a sweep; default: one optim.lr for all arms")
-    trained.add_argument("--eval", nargs="+", default=[], metavar="TASK", help="of `nsa-train eval`, for every run")
-    trained.add_argument("--lengths", metavar="N,N", help="of these tasks")
+    about = f"of `nsa-train eval`, for every run that it fits: {', '.join(TASKS)}"
+    trained.add_argument("--eval", nargs="+", default=[], choices=TASKS, metavar="TASK", help=about)
+    trained.add_argument("--lengths", metavar="N,N", help=f"of these tasks, {MAPS} aside")
     trained.add_argument("--name", help="of the report; default: the experiment's")
     trained.add_argument("--gates", type=Path, help="JSON of `nsa-train compare gates`, printed in the report")
     trained.add_argument("--out", type=Path, help="folder of the report")

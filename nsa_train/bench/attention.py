@@ -1,6 +1,7 @@
 """`nsa-train bench attention`: the NSA op, each of its parts and the dense kernels, timed side by side on one GPU.
 
-A card slows down as it warms up, so all candidates of a length take turns, and a row holds the median of its turns.
+Blocks are made up (`bench.inputs`) or those that a trained model chose (`bench.trained`). A card slows down as it warms
+up, so all candidates of a length take turns, and a row holds the median of its turns.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from nsa_train.bench.exact import attention_of_rows
 from nsa_train.bench.figures import plot_attention
 from nsa_train.bench.inputs import Shape, index_set, realistic_lengths
 from nsa_train.bench.timing import Timed, relative_error, take_turns
+from nsa_train.bench.trained import TrainedBlocks
 from nsa_train.errors import NsaTrainError
 from nsa_train.model.branches import PHI
 from nsa_train.model.layers import apply_rope, rope_angles
@@ -35,6 +37,8 @@ from nsa_train.packing import Packing
 
 SPEC = NSASpec()  # the paper's sizes
 CHECKED_QUERIES = 48
+MADE = ("local", "random")  # kinds of `index_set`
+TRAINED = "trained"
 DENSE = ("cudnn", "flash", "varlen")
 Key = tuple[str, str, str]  # impl, part, pass
 
@@ -42,7 +46,7 @@ Key = tuple[str, str, str]  # impl, part, pass
 class Case:
     """Inputs of one shape on the GPU, and what is timed on them."""
 
-    def __init__(self, shape: Shape, packing: Packing, indices: str) -> None:
+    def __init__(self, shape: Shape, packing: Packing, blocks: Tensor) -> None:
         torch.manual_seed(0)
         self.shape, self.packing = shape, packing.to("cuda")
         self.cu_seqlens = self.packing.cu_seqlens
@@ -65,7 +69,7 @@ class Case:
         self.segments = Segments(self.cu_seqlens, T, SPEC)
         cos, sin = rope_angles(self.packing.positions, D, 10000.0)
         self.cmp_angles = cos[self.segments.first_token], sin[self.segments.first_token]
-        self.blocks = index_set(indices, packing, Hk, SPEC, torch.device("cuda"))
+        self.blocks = blocks
         self.inputs = [
             self.q,
             *self.raw,
@@ -191,16 +195,21 @@ class Case:
 
 
 def rows_of(
-    shape: Shape, docs: str, indices: str, seconds: float, backends: tuple[str, ...], check: bool
-) -> list[dict[str, Any]]:
-    """The rows of one shape; a part that failed has `error` in place of figures."""
-    lengths = [shape.T] if docs == "one" else realistic_lengths(shape.T)
+    shape: Shape, lengths: list[int], indices: str, trained: TrainedBlocks | None, seconds: float,
+    backends: tuple[str, ...], check: bool,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The rows of one shape; a part that failed has `error` in place of figures. Blocks are `trained`'s or made."""
     head = {
         "T": shape.T, "Hq": shape.Hq, "Hk": shape.Hk, "d_qk": shape.D, "d_v": shape.Dv,
         "dtype": str(shape.dtype).removeprefix("torch."), "docs": len(lengths),
     }  # fmt: skip
     try:
-        case = Case(shape, Packing.from_lengths(lengths), indices)
+        packing, device = Packing.from_lengths(lengths), torch.device("cuda")
+        if trained:
+            blocks = trained.cut(shape.T, shape.Hk).to(device)
+        else:
+            blocks = index_set(indices, packing, shape.Hk, SPEC, device)
+        case = Case(shape, packing, blocks)
         ours = case.ours()
         dense = case.dense(backends)
         peak = case.peak_gib()
@@ -251,25 +260,34 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768, 65536], metavar="T")
     parser.add_argument("--widths", nargs="+", default=["192/128", "128/128", "64/64"], metavar="D/DV")
     parser.add_argument("--heads", default="64/4", metavar="HQ/HK")
-    parser.add_argument("--indices", nargs="+", default=["local", "random"], choices=["local", "random"])
-    parser.add_argument("--docs", nargs="+", default=["one", "many"], choices=["one", "many"])
+    parser.add_argument("--indices", nargs="+", default=[*MADE], choices=[*MADE, TRAINED])
+    parser.add_argument("--blocks", type=Path, metavar="NPZ", help="of `nsa-train eval RUN task=blocks`, for `trained`")
+    parser.add_argument(
+        "--docs", nargs="+", default=["one", "many"], choices=["one", "many"], help="trained blocks bring their own"
+    )
     parser.add_argument("--seconds", type=float, default=3.0, help="time for the turns of one shape")
     parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of the JSON")
     parser.add_argument("--name", help="of the JSON file; default attention_<gpu>")
     parser.add_argument("--commit", help="source commit, where the tree is no git checkout")
     args = parser.parse_args(arguments)
+    if (TRAINED in args.indices) != (args.blocks is not None):
+        raise NsaTrainError("bench attention: --indices trained and --blocks FILE need one another")
+    file = TrainedBlocks.load(args.blocks, SPEC) if args.blocks else None
     if not torch.cuda.is_available():
         raise NsaTrainError("bench attention: no CUDA device here; it measures kernels on a GPU")
     Hq, Hk = map(int, args.heads.split("/"))
     name = args.name or f"attention_{results.gpu_label()}"
     rows: list[dict[str, Any]] = []
-    cases = list(product(args.widths, args.lengths, args.docs, args.indices))
-    for i, (widths, T, docs, indices) in enumerate(cases):
-        if docs == "many" and indices != args.indices[0]:
-            continue
+    made = [indices for indices in args.indices if indices != TRAINED]
+    kinds = [(docs, indices) for docs in args.docs for indices in (made if docs == "one" else made[:1])]
+    kinds += [("file", TRAINED)] if file else []
+    cases = list(product(args.widths, args.lengths, kinds))
+    for i, (widths, T, (docs, indices)) in enumerate(cases):
         D, Dv = map(int, widths.split("/"))
-        backends = DENSE if indices == args.indices[0] else ()
-        found = rows_of(Shape(T, Hq, Hk, D, Dv), docs, indices, args.seconds, backends, check=True)
+        trained = file if docs == "file" else None
+        lengths = trained.lengths(T) if trained else [T] if docs == "one" else realistic_lengths(T)
+        backends = DENSE if trained or indices == made[0] else ()
+        found = rows_of(Shape(T, Hq, Hk, D, Dv), lengths, indices, trained, args.seconds, backends, check=True)
         torch.cuda.empty_cache()
         rows += found
         runtime.log.info("[%d/%d] %s", i + 1, len(cases), table(found))

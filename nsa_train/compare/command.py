@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from nsa_train.compare.report import rows_of
 from nsa_train.compare.runs import Arms
 from nsa_train.config.schema import SAFE_NAME
 from nsa_train.errors import NsaTrainError
+
+MAPS = Path("eval", "maps.png")  # in the folder of a run
 
 
 def main(arguments: list[str]) -> int:
@@ -36,12 +39,26 @@ def main(arguments: list[str]) -> int:
     if not SAFE_NAME.fullmatch(name):
         raise NsaTrainError(f"--name {name!r} may hold letters, digits and . _ - only, 100 at most")
     rows = rows_of(arms, _gates(args.gates, arms) if args.gates else [])
-    path = results.write_result(f"comparison_{name}", "comparison", rows, folder=args.out)
+    path = args.out / f"comparison_{name}.json"
+    rows += _copied_maps(arms, path)
+    results.write_result(path.stem, "comparison", rows, folder=args.out)
     plot_comparison(rows, path.with_suffix(".png"))
     text = markdown(json.loads(path.read_text()), path.with_suffix(".png").name)
     path.with_suffix(".md").write_text(text)
     runtime.log.info("%s\n%s", text, path.with_suffix(".md"))
     return 0
+
+
+def _copied_maps(arms: Arms, report: Path) -> list[dict[str, Any]]:
+    """Attention maps of each arm's first run that has any, copied beside the report: a row for each."""
+    rows: list[dict[str, Any]] = []
+    for runs in arms.runs.values():
+        for run in [run for run in runs if (run.folder / MAPS).is_file()][:1]:
+            copy = report.with_name(f"{report.stem}_maps_{run.arm}.png")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(run.folder / MAPS, copy)
+            rows.append({"what": "maps", "arm": run.arm, "seed": run.seed, "figure": copy.name})
+    return rows
 
 
 def _gates(path: Path, arms: Arms) -> list[dict[str, Any]]:

@@ -24,6 +24,12 @@ def markdown(result: dict[str, Any], figure: str) -> str:
         ("Paired differences of held-out loss", ABOUT_DIFFERENCES, _differences(of["difference"])),
         ("Loss by position, source and recall", ABOUT_CUTS, _cuts(of["arm"], of["difference"], head["baseline"])),
         ("Long context", ABOUT_EVALUATIONS if of["eval"] else "", _evaluations(of["arm"], of["eval"])),
+        (
+            "Selection on held-out text",
+            ABOUT_SELECTION if of["selection"] else "",
+            _selection(of["arm"], of["selection"]),
+        ),
+        ("Attention maps", ABOUT_MAPS if of["maps"] else "", _maps(of["maps"])),
         ("Secondary endpoints", "", _secondary(of["secondary"])),
         ("Inside the models", "Means over the layers; the JSON has them layer by layer.", _layers(of["arm"])),
         ("Runs", "", _runs(of["run"])),
@@ -35,7 +41,7 @@ def markdown(result: dict[str, Any], figure: str) -> str:
 
 
 SHARES_PAST = (0.5, 0.3)  # of the tokens, past n l' and past twice that
-KINDS = ("comparison", "level", "gate", "arm", "run", "eval", "difference", "secondary")
+KINDS = ("comparison", "level", "gate", "arm", "run", "eval", "selection", "maps", "difference", "secondary")
 ABOUT_DIFFERENCES = (
     "Mean over seeds, standard error (that of the documents in brackets) and two-sided 95% interval; negative: the "
     "first arm is better. One seed has no interval: how much seeds differ is not known."
@@ -48,6 +54,17 @@ ABOUT_EVALUATIONS = (
     "Answers that are right in every token, where the facts lie in neither a forced block nor the window; in brackets "
     "nats per token of the answers, and the share of the facts that the chosen blocks held. `heldout` is held-out loss "
     "in rows of that length. Means over seeds."
+)
+
+ABOUT_SELECTION = (
+    "Share of a full softmax over the selected branch's keys that the chosen blocks hold, the best ones as many, "
+    "the forced ones with others drawn at random, and the forced ones alone; how many different blocks 2, 4 and 8 "
+    "neighbouring tokens read, and how many of a token's blocks the next one reads too. Of queries at token n l' of "
+    "their document and after; means over layers, KV heads and seeds."
+)
+ABOUT_MAPS = (
+    "First, middle and last layer on one held-out document, as in the paper's figure 8; of NSA a full softmax over the "
+    "keys of the selected branch, and the blocks that it reads."
 )
 
 
@@ -109,6 +126,25 @@ def _evaluation(rows: list[Row]) -> str:
         return f"{loss:.4f}"
     held = [row["selection_recall"] for row in counted if row["selection_recall"] is not None]
     return f"{mean(row['accuracy'] for row in counted):.1%} ({loss:.2f}{f'; {mean(held):.0%}' if held else ''})"
+
+
+def _selection(arms: list[Row], found: list[Row]) -> Iterator[str]:
+    together = list(found[0]["distinct_blocks"]) if found else []
+    columns = ("arm", "tokens", "chosen blocks hold", "best", "random", "forced", *(f"read by {n}" for n in together),
+               "next one reads")  # fmt: skip
+    lines = []
+    for arm, length in dict.fromkeys((a["arm"], r["length"]) for a in arms for r in found if r["arm"] == a["arm"]):
+        rows = [row for row in found if (row["arm"], row["length"]) == (arm, length)]
+        held = [mean(row[key] for row in rows) for key in
+                ("selection_recall", "best_recall", "random_recall", "forced_recall", "neighbour_overlap")]  # fmt: skip
+        distinct = [mean(row["distinct_blocks"][n] for row in rows) for n in together]
+        shares = [f"{share:.1%}" for share in held]
+        lines.append((f"`{arm}`", f"{length:,}", *shares[:-1], *(f"{n:.1f}" for n in distinct), shares[-1]))
+    yield from _table(columns, lines)
+
+
+def _maps(found: list[Row]) -> Iterator[str]:
+    yield from (f"![attention maps of {row['arm']}, seed {row['seed']}]({row['figure']})" for row in found)
 
 
 def _secondary(rows: list[Row]) -> Iterator[str]:

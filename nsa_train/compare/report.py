@@ -15,11 +15,18 @@ from nsa_train.compare.runs import Arms, Run
 from nsa_train.compare.statistics import spread
 from nsa_train.config.schema import ARM_KEYS
 
+# What a row of `nsa-train eval` is called in the report, and what the report takes from it.
+EVALUATED = {
+    "summary": ("eval", ("task", "length", "rope_factor", "accuracy", "low", "high", "loss", "selection_recall",
+                         "samples", "cells")),
+    "selection": ("selection", ("length", "rope_factor", "queries", "selection_recall", "best_recall", "random_recall",
+                                "forced_recall", "distinct_blocks", "neighbour_overlap", "distance")),
+}  # fmt: skip
 PAPER_ACTIVE, PAPER_TOKENS = 4.5e9, 270e9  # section 4.1: 27B parameters, 270B tokens of 8k texts
 
 
 def rows_of(arms: Arms, gates: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a fact; `what` is comparison, level, gate, arm, run, eval, difference or secondary."""
+    """One row a fact; `what` is comparison, level, gate, arm, run, eval, selection, difference or secondary."""
     differences = paired_differences(arms)
     ladder = levels(differences, list(arms.runs), gates)
     level = reached(ladder)
@@ -29,7 +36,7 @@ def rows_of(arms: Arms, gates: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
         *({**gate, "what": "gate"} for gate in gates),
         *(_arm_row(runs) for runs in arms.runs.values()),
         *(_run_row(run, arms) for run in arms.all),
-        *(_eval_row(run, row) for run in arms.all for row in run.evaluations),
+        *(_eval_row(run, row) for run in arms.all for row in run.evaluations if row["what"] in EVALUATED),
         *({"what": "difference", **dataclasses.asdict(d)} for d in differences),
         *(
             {
@@ -76,8 +83,8 @@ def _run_row(run: Run, arms: Arms) -> dict[str, Any]:
 
 
 def _eval_row(run: Run, row: dict[str, Any]) -> dict[str, Any]:
-    keys = ("task", "length", "rope_factor", "accuracy", "low", "high", "loss", "selection_recall", "samples", "cells")
-    return {"what": "eval", "arm": run.arm, "seed": run.seed, **{key: row[key] for key in keys if key in row}}
+    what, keys = EVALUATED[row["what"]]
+    return {"what": what, "arm": run.arm, "seed": run.seed, **{key: row[key] for key in keys if key in row}}
 
 
 def _tokens_to(run: Run, loss: float) -> float | None:

@@ -72,9 +72,9 @@ class Run:
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """A row for each task and length that `nsa-train eval` has asked the run for."""
-        found = [row for path in sorted((self.folder / "eval").glob("*.json")) for row in _json(path).get("rows", [])]
-        return [row for row in found if row["what"] == "summary"]
+        """What `nsa-train eval` has found out about the run: a `summary` (of blocks: a `selection`) of each task and
+        length, and its parts."""
+        return [row for path in sorted((self.folder / "eval").glob("*.json")) for row in _json(path).get("rows", [])]
 
     @property
     def tokens_per_s(self) -> float:

@@ -69,6 +69,14 @@ class Batch:
             self.documents,
         )
 
+    def document_spans(self) -> Iterator[slice]:
+        """Tokens of each document, padding left out. Waits for the device where the batch lies on one."""
+        start = 0
+        for length, document in zip(self.packing.lengths, self.documents, strict=True):
+            if document != NO_DOCUMENT:
+                yield slice(start, start + int((self.sources[start : start + length] != NO_SOURCE).sum()))
+            start += length
+
 
 class Loader:
     """Rows of one split in a seeded order, stage after stage. Holds no position: the step is the position."""

@@ -1,1 +1,1 @@
-"""What a trained model can do with a long context: recall of planted facts, and held-out loss at other lengths."""
+"""What a trained model can do with a long context: planted facts, loss at other lengths, blocks it selects."""

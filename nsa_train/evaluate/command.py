@@ -1,4 +1,7 @@
-"""`nsa-train eval RUN task=needle`: a finished run's export under test, into <run>/eval/<task>.json and .png."""
+"""`nsa-train eval RUN task=needle`: a finished run's export under test, into <run>/eval/<task>.json and .png.
+
+Beside them `task=blocks` leaves the blocks that the model chose, for `nsa-train bench attention --blocks`.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +13,36 @@ from typing import Any
 
 from nsa_train import runtime
 from nsa_train.bench import results
-from nsa_train.config.schema import Config
+from nsa_train.bench.trained import BLOCKS_FILE
+from nsa_train.config.schema import AttentionConfig, Config
 from nsa_train.data.loader import Loader
 from nsa_train.data.prepare import prepare
 from nsa_train.data.stages import Stage, stages_of
 from nsa_train.data.store import TokenStore
 from nsa_train.data.tokenizer import MODEL_FILE, Tokenizer
-from nsa_train.errors import ConfigError, RunFolderError
+from nsa_train.errors import ConfigError, DataError, RunFolderError
+from nsa_train.evaluate.blocks import count_blocks, plot_blocks
 from nsa_train.evaluate.grid import answers, cells, plot_grid, summary
+from nsa_train.evaluate.maps import attention_maps, cell_tokens, plot_maps
 from nsa_train.evaluate.questions import KINDS, make_documents
+from nsa_train.model.branches import spec_of
 from nsa_train.model.transformer import Transformer
 from nsa_train.parallel.engine import start_processes, stop_processes
 from nsa_train.train.evaluate import evaluate
 from nsa_train.train.folder import read_config
 
-HELDOUT = "heldout"
-TASKS = (*KINDS, HELDOUT)
+HELDOUT, BLOCKS, MAPS = "heldout", "blocks", "maps"
+TASKS = (*KINDS, HELDOUT, BLOCKS, MAPS)
 
 
 @dataclass(frozen=True)
 class Options:
-    """task; lengths in tokens (default: a quarter, a half and the whole of the run's rows); depths; samples of each."""
+    """What is asked.
+
+    lengths  tokens; default: a quarter, a half and the whole of the run's rows, of blocks and maps the whole
+    depths   of quizzes
+    samples  quizzes of each depth; of blocks and maps: held-out rows, at most
+    """
 
     task: str = ""
     lengths: tuple[int, ...] = ()
@@ -54,28 +66,47 @@ class Options:
         return options
 
 
+def misfit(task: str, attention: AttentionConfig) -> str | None:
+    """Why a task cannot be asked of a model with this attention; None: it can."""
+    branches = f"which branches=[{','.join(attention.branches)}] has not"
+    if task == BLOCKS and "slc" not in attention.branches:
+        return f"needs a branch that selects blocks, {branches}"
+    if task == BLOCKS and attention.selection != "topn":
+        return f"needs blocks that the model chooses, not selection={attention.selection}"
+    if task == MAPS and not {"full", "slc"} & set(attention.branches):
+        return f"needs a branch with a key for every token before, {branches}"
+    return None
+
+
 def main(arguments: list[str]) -> int:
     """Evaluate and write the findings; the exit code."""
     if not arguments or "=" in arguments[0]:
         raise ConfigError("eval: name the folder of a run first, like `nsa-train eval runs/tiny-nsa task=needle`")
     folder, options = Path(arguments[0]), Options.parse(arguments[1:])
     config = read_config(folder)
+    if reason := misfit(options.task, config.attention):
+        raise ConfigError(f"eval: {folder} is of the arm {config.arm}, and task={options.task} {reason}")
     last = stages_of(config)[-1].seq_len
-    lengths = options.lengths or (last // 4, last // 2, last)
+    lengths = options.lengths or ((last,) if options.task in (BLOCKS, MAPS) else (last // 4, last // 2, last))
+    if options.task == MAPS and len(lengths) > 1:
+        raise ConfigError(
+            f"eval: lengths={','.join(map(str, lengths))}: task={MAPS} draws rows of one length; name one"
+        )
     if max(lengths) > config.model.max_seq_len:
         raise ConfigError(f"eval: lengths={max(lengths)} is beyond the model's max_seq_len={config.model.max_seq_len}")
     model, tokenizer = _opened(folder)
+    figure = folder / "eval" / f"{options.task}.png"
+    figure.parent.mkdir(exist_ok=True)
     if options.task == HELDOUT:
-        rows = list(_heldout(model, config, lengths, folder))
+        rows = list(_heldout(model, config, lengths))
+    elif options.task == BLOCKS:
+        rows = _blocks(model, config, lengths, options.samples, figure)
+    elif options.task == MAPS:
+        rows = _maps(model, config, lengths[0], options.samples, figure)
     else:
         rows = list(_grid(model, tokenizer, config, lengths, options))
-    target = folder / "eval"
-    path = results.write_result(options.task, "eval", rows, folder=target)
-    if options.task != HELDOUT:
-        plot_grid(
-            [row for row in rows if row["what"] == "cell"], f"{config.name}: {options.task}", path.with_suffix(".png")
-        )
-    runtime.log.info("%s", path)
+        plot_grid([row for row in rows if row["what"] == "cell"], f"{config.name}: {options.task}", figure)
+    runtime.log.info("%s", results.write_result(options.task, "eval", rows, folder=figure.parent))
     return 0
 
 
@@ -127,18 +158,26 @@ def _line(task: str, row: dict[str, Any]) -> str:
     )
 
 
-def _heldout(model: Transformer, config: Config, lengths: Sequence[int], folder: Path) -> Iterator[dict[str, Any]]:
+def _store(config: Config) -> TokenStore:
+    """The held-out tokens of the run's corpus."""
+    return TokenStore.open(prepare(config.data, config.model.vocab, runtime.log.info), "heldout")
+
+
+def _loader(store: TokenStore, config: Config, length: int, rope_factor: float) -> Loader:
+    """Rows of a length, in the order of the run's seed."""
+    return Loader(store, (Stage(f"{length} tokens", 0, length, 1, {}, rope_factor),), config.data, config.seed)
+
+
+def _heldout(model: Transformer, config: Config, lengths: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Held-out loss in rows of each length, as many tokens as the run's own validation."""
-    corpus = prepare(config.data, config.model.vocab, runtime.log.info)
-    store = TokenStore.open(corpus, "heldout")
+    store = _store(config)
     trained, device = model.rope_factor, runtime.device()
     runtime.launch_alone()
     start_processes(device, config.parallel.timeout_s)
     try:
         for length in lengths:
             factor = _stretch(model, length, trained)
-            stage = Stage(f"{length} tokens", 0, length, 1, {}, factor)
-            loader = Loader(store, (stage,), config.data, config.seed)
+            loader = _loader(store, config, length, factor)
             found = evaluate(model, loader, config.trainer, store.manifest["sources"], device)
             runtime.log.info(
                 "held-out loss %.4f in rows of %s tokens, by position %s", found["loss"], f"{length:,}",
@@ -148,3 +187,52 @@ def _heldout(model: Transformer, config: Config, lengths: Sequence[int], folder:
             yield {"what": "summary", "task": HELDOUT, **facts, **found}
     finally:
         stop_processes()
+
+
+def _blocks(
+    model: Transformer, config: Config, lengths: Sequence[int], samples: int, figure: Path
+) -> list[dict[str, Any]]:
+    """Rows of each length; figure and chosen blocks of the longest. Raises DataError where nothing is chosen."""
+    store, spec, trained, rows = _store(config), spec_of(config.attention), model.rope_factor, []
+    for length in sorted(lengths):
+        factor = _stretch(model, length, trained)
+        batches = _loader(store, config, length, factor).sequential(samples, 0, 1, 1)
+        counts, chosen = count_blocks(model, batches, length, spec)
+        if not counts.queries:
+            runtime.log.info("rows of %s tokens: every query reads all blocks, nothing is chosen", f"{length:,}")
+            continue
+        facts = {"task": BLOCKS, "length": length, "rope_factor": factor, "corpus_hash": store.hash}
+        found = list(counts.rows())
+        rows += [{"what": row["what"], "arm": config.arm, **facts, **row} for row in found]
+        plot_blocks(found, f"{config.name}: selected blocks in held-out rows of {length:,} tokens", figure)
+        chosen.save(figure.with_name(BLOCKS_FILE))
+        whole = found[0]
+        runtime.log.info(
+            "blocks, %s tokens: they hold %.1f%% of full attention (the best as many %.1f%%, random ones %.1f%%); "
+            "2, 4 and 8 neighbours read %s different ones of %d each", f"{length:,}",
+            100 * whole["selection_recall"], 100 * whole["best_recall"], 100 * whole["random_recall"],
+            ", ".join(f"{value:.1f}" for value in whole["distinct_blocks"].values()), spec.slc_count,
+        )  # fmt: skip
+    if not rows:
+        raise DataError(
+            f"no document of the first {samples} held-out rows is longer than n l' = {spec.slc_count * spec.slc_block} "
+            "tokens, after which blocks are chosen; ask for longer rows (lengths=) or for more (samples=)"
+        )
+    return rows
+
+
+def _maps(model: Transformer, config: Config, length: int, samples: int, figure: Path) -> list[dict[str, Any]]:
+    """Of the longest document of the first rows."""
+    store = _store(config)
+    factor = _stretch(model, length, model.rope_factor)
+    rows = _loader(store, config, length, factor).sequential(samples, 0, 1, 1)
+    document = max((row.tokens[span] for row in rows for span in row.document_spans()), key=len)
+    found = attention_maps(model, document, spec_of(config.attention))
+    kind = (
+        "full attention" if "full" in config.attention.branches else "full softmax over the keys of the selected branch"
+    )
+    cell = cell_tokens(len(document))
+    title = f"{config.name}: {kind}, a held-out document of {len(document):,} tokens, {cell} x {cell} a cell"
+    plot_maps(found, title, figure)
+    facts = {"task": MAPS, "arm": config.arm, "length": len(document), "cell_tokens": cell, "rope_factor": factor}
+    return [{"what": "map", **facts, "layer": one.layer, "heads": list(one.heads)} for one in found]

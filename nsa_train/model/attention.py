@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -27,6 +28,19 @@ PROBED_TOKENS = 2048  # of the first document: enough for statistics, and quadra
 OP_BRANCHES = ("cmp", "slc", "win")  # of NSA's op, in the order of its gates
 
 
+class Attended(NamedTuple):
+    """What the queries of a layer are compared with, for whoever watches.
+
+    q       [T, Hq, D]          rotated
+    k       [T, Hk, D]          rotated keys of `full` or `slc`; of another branch in an arm that has neither
+    blocks  [T, Hk, n]  int32   blocks of `k` that are read; None: not selected
+    """
+
+    q: Tensor
+    k: Tensor
+    blocks: Tensor | None
+
+
 class Layout(NamedTuple):
     """What the attention of every layer knows of a batch, computed once.
 
@@ -50,7 +64,7 @@ class Attention(nn.Module):
         self.config = attention
         self.heads, self.kv_heads = model.heads, model.kv_heads
         self.spec = spec_of(attention)
-        self.kept_blocks: list[Tensor] | None = None  # see Transformer.keep_blocks
+        self.watcher: Callable[[Attended], None] | None = None  # see Transformer.watch
         self.q = nn.Linear(model.width, model.heads * model.key_dim, bias=False)
         self.kv = nn.ModuleDict({kv_name(branch, attention): KeyValue(model) for branch in attention.branches})
         if "cmp" in attention.branches:
@@ -103,8 +117,11 @@ class Attention(nn.Module):
         else:
             (branch,) = self.config.branches
             k, v = raw[kv_name(branch, self.config)]
+            k = apply_rope(k, angles)
+            if self.watcher is not None:
+                self.watcher(Attended(q, k, None))
             window = self.config.window if branch == "win" else None
-            o = dense_attention(q, apply_rope(k, angles), v, packing.lengths, window=window)
+            o = dense_attention(q, k, v, packing.lengths, window=window)
             o = o if gates is None else o * gates
         return self.o(o.flatten(1))
 
@@ -117,8 +134,8 @@ class Attention(nn.Module):
             q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, self._op_gates(gates), self.spec, packing.cu_seqlens,
             blocks=layout.blocks, backend=self.config.backend, return_details=True,
         )  # fmt: skip
-        if self.kept_blocks is not None:
-            self.kept_blocks.append(details.blocks)
+        if self.watcher is not None:
+            self.watcher(Attended(q, k_slc, details.blocks))
         if probe is not None and "slc" in self.config.branches:
             one = slice(0, min(packing.lengths[0], PROBED_TOKENS))
             probe["selection"] = selection_statistics(q[one], k_slc[one], v_slc[one], details.blocks[one], self.spec)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +12,7 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from nsa_train.config.schema import AttentionConfig, ModelConfig, MoEConfig
-from nsa_train.model.attention import Attention, Layout, Probe
+from nsa_train.model.attention import Attended, Attention, Layout, Probe
 from nsa_train.model.layers import RMSNorm, SumNorm, SwiGLU, normal_, rope_angles
 from nsa_train.model.moe import MoE
 from nsa_train.model.router import Router, Routing, update_bias
@@ -114,8 +116,20 @@ class Transformer(nn.Module):
 
     def keep_blocks(self, kept: list[Tensor] | None) -> None:
         """A list receives the selected blocks [T, Hk, n] of every layer in every call from here on; None ends that."""
-        for layer in self.layers:
-            layer.attention.kept_blocks = kept  # type: ignore[union-attr, assignment]
+
+        def keep(layer: int, attended: Attended) -> None:
+            if attended.blocks is not None:
+                kept.append(attended.blocks)  # type: ignore[union-attr]
+
+        self.watch(None if kept is None else keep)
+
+    def watch(self, watcher: Callable[[int, Attended], None] | None) -> None:
+        """Have `watcher(layer, what it attends to)` called by every layer in every call from here on; None ends that.
+
+        There is one watcher at a time.
+        """
+        for number, layer in enumerate(self.layers):
+            layer.attention.watcher = watcher and partial(watcher, number)  # type: ignore[union-attr, assignment]
 
     def hidden(
         self, tokens: Tensor, packing: Packing, probes: list[Probe] | None = None

@@ -54,6 +54,25 @@ def test_finished_runs_are_asked_and_compared_even_where_they_cannot_answer(tmp_
     assert (tmp_path / "out" / "comparison_tiny.md").is_file()
 
 
+def test_tasks_that_do_not_fit_an_arm_are_not_asked_of_it(tmp_path):
+    names = {arm: make_run(tmp_path, arm, overrides=[f"name=tiny-{arm}-seed0", *SWEEP])
+             for arm in ("full", "window", "nsa_random", "nsa")}  # fmt: skip
+    words = ["run", "--arms", *names, "--out", tmp_path / "out", "--set", *SWEEP, f"runs_dir={tmp_path}"]
+    done = start(*words, "--eval", "blocks")
+    assert done.returncode == 0, done.stderr
+    assert "3 of 4 runs are finished" in done.stdout
+    assert "tiny-nsa-seed0: eval" in done.stdout
+    done = start(*words, "--eval", "maps", "--lengths", "128,256")
+    assert "1 of 4 runs are finished" in done.stdout
+    assert "no export of a finished run" in (names["nsa_random"] / "console.log").read_text()
+
+
+def test_a_task_that_there_is_not_is_told_before_training(tmp_path):
+    done = start("run", "--arms", "full", "nsa", "--eval", "needles", "--set", f"runs_dir={tmp_path}")
+    assert done.returncode == 2
+    assert "invalid choice: 'needles'" in done.stderr
+
+
 def test_rates_of_a_sweep_must_name_the_arm(tmp_path):
     (tmp_path / "lr.json").write_text(json.dumps({"rows": [{"arm": "full", "lr": 0.002}]}))
     words = ["run", "--arms", "full", "nsa", "--rates", tmp_path / "lr.json", "--set", f"runs_dir={tmp_path}"]

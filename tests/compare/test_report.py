@@ -141,6 +141,8 @@ def test_flops_are_counted_stage_by_stage(tmp_path):
 def test_the_markdown_says_what_the_json_says(result):
     text = result[1]
     assert "TOO FEW" not in text
+    assert "Selection on held-out text" not in text
+    assert "Attention maps" not in text
     assert "**level L3: due to sparsity**" in text
     (d,) = rows(result, "difference", arm="nsa", baseline="full", cut="all")
     assert f"| nsa - full | 3 | {d['mean']:+.4f} |" in text
@@ -183,6 +185,34 @@ def test_answers_of_the_runs_stand_in_the_report(tmp_path):
         "| needle | 512 | 50.0% (1.25) | 50.0% (1.25; 25%) |",
     ):
         assert line in text
+
+
+def test_selection_and_maps_of_the_runs_stand_in_the_report(tmp_path):
+    runs = [make_run(tmp_path, arm, seed) for arm in ("full", "nsa") for seed in (0, 1)]
+    for run in runs:
+        (run / "eval").mkdir()
+    for run, recall in zip(runs[2:], (0.75, 0.85), strict=True):
+        whole = {
+            "what": "selection", "task": "blocks", "length": 512, "selection_recall": recall, "best_recall": 0.9,
+            "random_recall": 0.25, "forced_recall": 0.125, "distinct_blocks": {"2": 9.0, "4": 10.5, "8": 12.25},
+            "neighbour_overlap": 0.875, "distance": {},
+        }  # fmt: skip
+        head = {**whole, "what": "head", "selection_recall": 0.0}
+        (run / "eval" / "blocks.json").write_text(json.dumps({"rows": [whole, head, head]}))
+    for run in (runs[0], runs[3]):
+        (run / "eval" / "maps.png").write_text(run.name)
+        (run / "eval" / "maps.json").write_text(json.dumps({"rows": [{"what": "map", "task": "maps", "layer": 0}]}))
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "comparison_tiny.md").read_text()
+    for line in (
+        "| arm | tokens | chosen blocks hold | best | random | forced | read by 2 | read by 4 | read by 8 | next",
+        "| `nsa` | 512 | 80.0% | 90.0% | 25.0% | 12.5% | 9.0 | 10.5 | 12.2 | 87.5% |",
+        "![attention maps of full, seed 0](comparison_tiny_maps_full.png)",
+        "![attention maps of nsa, seed 1](comparison_tiny_maps_nsa.png)",
+    ):
+        assert line in text
+    assert (tmp_path / "out" / "comparison_tiny_maps_nsa.png").read_text() == runs[3].name
+    assert "Long context" not in text
 
 
 def test_short_documents_are_told(tmp_path):

@@ -98,7 +98,10 @@ def test_options_are_read():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["task=needles"], "task=needles is no task; say task= one of needle, multikey, vartrace, mqar, heldout"),
+        (
+            ["task=needles"],
+            "no task; say task= one of needle, multikey, vartrace, mqar, heldout, blocks, maps",
+        ),
         ([], "task= is no task"),
         (["task=needle", "lengths=8k"], "lengths=8k must be numbers from 1 on"),
         (["task=needle", "depths=0"], "depths=0 must be a number from 1 on"),

@@ -11,7 +11,7 @@ from helpers import assert_close
 
 from nsa_train.config.load import load_config, options
 from nsa_train.model.counts import count_parameters, meta_model
-from nsa_train.model.layers import SwiGLU
+from nsa_train.model.layers import SwiGLU, apply_rope
 from nsa_train.packing import Packing
 
 EVERY_ARM = pytest.mark.parametrize("arm", ARMS)
@@ -274,6 +274,24 @@ def test_selected_blocks_are_kept_while_somebody_asks(arm):
         model.hidden(*rows()[::2])
     shape = (sum(LENGTHS), MODEL.kv_heads, NSA.slc_count)
     assert [tuple(blocks.shape) for blocks in kept] == ([] if arm == "full" else [shape] * MODEL.layers)
+
+
+@pytest.mark.parametrize("arm", ["nsa", "nsa-shared_kv", "nsa-no_win", "full", "full_gated"])
+def test_a_watcher_sees_rotated_queries_and_token_keys_of_every_layer(arm):
+    model, inputs, seen = grow(build(ARMS[arm])), [], []
+    for layer in model.layers:
+        layer.attention.register_forward_pre_hook(lambda attention, given: inputs.append((attention, *given[:2])))
+    with torch.no_grad():
+        model.watch(lambda layer, attended: seen.append((layer, attended)))
+        model.hidden(*rows()[::2])
+        model.watch(None)
+        model.hidden(*rows()[::2])
+        assert [layer for layer, _ in seen] == list(range(MODEL.layers))
+        for (_, attended), (attention, x, layout) in zip(seen, inputs, strict=False):
+            q, k = attention.q(x).unflatten(-1, (MODEL.heads, -1)), attention.kv["token"](x)[0]
+            assert torch.equal(attended.q, apply_rope(q, layout.angles))
+            assert torch.equal(attended.k, apply_rope(k, layout.angles))
+            assert (attended.blocks is None) == arm.startswith("full")
 
 
 @EVERY_ARM

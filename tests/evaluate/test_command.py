@@ -1,0 +1,102 @@
+"""`nsa-train eval` for blocks and maps: files beside one another, and one message where it cannot be asked."""
+
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from nsa_train.bench.trained import TrainedBlocks
+from nsa_train.cli import main
+from nsa_train.config.load import load_config, to_yaml
+from nsa_train.evaluate import command
+from nsa_train.model.branches import spec_of
+from nsa_train.model.transformer import Transformer
+
+SMALL = [
+    "model.vocab=400", "model.layers=2", "model.width=32", "model.heads=4", "model.kv_heads=2", "model.key_dim=16",
+    "model.value_dim=16", "moe.experts=4", "moe.expert_width=16", "attention.cmp_block=8", "attention.cmp_stride=4",
+    "attention.slc_block=8", "attention.slc_count=4", "attention.window=16", "trainer.seq_len=256", "data=files",
+    "data.paths=[text.txt]", "data.heldout_paths=[held.txt]", "model.max_seq_len=512",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A corpus whose held-out document is longer than two rows."""
+    root, library = tmp_path_factory.mktemp("corpus"), Path(sysconfig.get_path("stdlib"))
+    for name, module in (("text.txt", "heapq"), ("held.txt", "csv")):
+        (root / name).write_text((library / f"{module}.py").read_text("utf-8")[:12000])
+    return [f"data.root={root}", f"data.prepared_dir={root / 'prepared'}"]
+
+
+@pytest.fixture
+def make_run(tmp_path, corpus, monkeypatch):
+    """The folder of a run as `eval` sees it; its model is that of the first step."""
+
+    def make(*overrides):
+        config = load_config([*SMALL, *corpus, *overrides])
+        (tmp_path / "config.yaml").write_text(to_yaml(config))
+        model = Transformer(config.model, config.attention, config.moe).eval()
+        model.start(0)
+        monkeypatch.setattr(command, "_opened", lambda folder: (model, None))
+        return tmp_path, config
+
+    return make
+
+
+def rows(folder, task):
+    return json.loads((folder / "eval" / f"{task}.json").read_text())["rows"]
+
+
+def test_blocks_are_counted_at_every_length_and_kept_of_the_longest(make_run):
+    folder, config = make_run("attention=nsa")
+    assert main(["eval", str(folder), "task=blocks", "lengths=256,16,64", "samples=3"]) == 0
+    found = [row for row in rows(folder, "blocks") if row["what"] == "selection"]
+    assert [row["length"] for row in found] == [64, 256]  # rows of 16 choose nothing
+    assert [row["tokens"] for row in found] == [3 * 64, 3 * 256]
+    for row in found:
+        assert row["best_recall"] >= max(row["selection_recall"], row["random_recall"])
+        assert min(row["selection_recall"], row["random_recall"]) >= row["forced_recall"] > 0
+    assert len([row for row in rows(folder, "blocks") if row["what"] == "head"]) == 2 * 2 * 2
+    kept = TrainedBlocks.load(folder / "eval" / "blocks.npz", spec_of(config.attention))
+    assert kept.blocks.shape == (2, 3 * 256, 2, 4)
+    assert (folder / "eval" / "blocks.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("arm", ["nsa", "full", "nsa_random", "full_gated"])
+def test_maps_are_drawn_of_arms_that_have_all_keys(arm, make_run, monkeypatch):
+    folder, _ = make_run(f"attention={arm}")
+    seen = []
+    monkeypatch.setattr(command, "plot_maps", lambda found, title, path: seen.extend([*found, title, path]))
+    assert main(["eval", str(folder), "task=maps", "samples=2"]) == 0
+    first, second, title, path = seen
+    drawn = arm.startswith("nsa")
+    assert [(first.chosen is not None), (second.chosen is not None)] == [drawn] * 2
+    assert first.maps.shape == (3, 256, 256)
+    assert ("selected branch" in title, path) == (drawn, folder / "eval" / "maps.png")
+    assert [(row["what"], row["layer"], row["length"]) for row in rows(folder, "maps")] == [
+        ("map", 0, 256),
+        ("map", 1, 256),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arm", "words", "message"),
+    [
+        (
+            "full",
+            ["task=blocks"],
+            "of the arm full, and task=blocks needs a branch that selects blocks, which",
+        ),
+        ("nsa_no_slc", ["task=blocks"], "which branches=[cmp,win] has not"),
+        ("nsa_random", ["task=blocks"], "needs blocks that the model chooses, not selection=random"),
+        ("window", ["task=maps"], "needs a branch with a key for every token before, which branches=[win] has not"),
+        ("nsa", ["task=maps", "lengths=64,128"], "lengths=64,128: task=maps draws rows of one length; name one"),
+        ("nsa", ["task=blocks", "lengths=32"], "first 20 held-out rows is longer than n l' = 32 tokens"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_message(arm, words, message, make_run, capsys):
+    folder, _ = make_run(f"attention={arm}")
+    assert main(["eval", str(folder), *words]) == 2
+    assert message in capsys.readouterr().err
