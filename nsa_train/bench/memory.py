@@ -43,7 +43,7 @@ def overrides_of(preset: str, arm: str, T: int, micro_rows: int, gpus: int, rest
     return [
         f"experiment={preset}", f"attention={arm}", f"trainer.seq_len={T}", f"trainer.micro_rows={micro_rows}",
         f"trainer.batch_rows={micro_rows * MICRO_BATCHES * gpus}", f"trainer.steps={STEPS}", "trainer.log_every=1",
-        f"trainer.val_every={STEPS}", f"trainer.checkpoint_every={STEPS}", "trainer.val_rows=1",
+        f"trainer.val_every={STEPS}", "trainer.checkpoint_every=0", "trainer.val_rows=1",
         "trainer.export=false", "logging.wandb=disabled", *rest,
     ]  # fmt: skip
 

@@ -1,7 +1,9 @@
 """`nsa-train bench training`: tokens per second of whole training runs, by preset, arm and row length.
 
-FLOPs are counted as if every row were one document: packs of short documents need fewer. `parts` are milliseconds of a
-step by part (`nsa_train.train.profile`), of three steps before those that are timed.
+A step and a forward pass have as many tokens as the preset's at its own row length, a row at least; activations are
+recomputed where the plan says that they do not fit the GPU. FLOPs are counted as if every row were one document: packs
+of short documents need fewer; what is recomputed does not count. `parts` are milliseconds of a step by part
+(`nsa_train.train.profile`), of one before those that are timed.
 """
 
 from __future__ import annotations
@@ -23,20 +25,29 @@ from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
 from nsa_train.data.stages import largest_divisor
 from nsa_train.errors import NsaTrainError
+from nsa_train.plan.advice import need, room
 from nsa_train.plan.flops import training_flops
 from nsa_train.plan.speed import GPUS, kind_of
 
 LOG_EVERY = 5  # steps that a speed is a mean over
-PROFILE = ("profile=trace", "profile.skip=6", "profile.steps=3")
+PROFILE = ("profile=trace", "profile.skip=6", "profile.steps=1")
+RECOMPUTED = "trainer.activation_checkpointing=true"
 PROFILED = 10  # steps after which start-up, compilation and profile are over
 
 
-def overrides_of(preset: str, arm: str, T: int, steps: int, rest: list[str]) -> list[str]:
-    return [
-        f"experiment={preset}", f"attention={arm}", f"trainer.seq_len={T}", f"trainer.steps={steps}",
-        f"trainer.log_every={LOG_EVERY}", f"trainer.val_every={steps}", f"trainer.checkpoint_every={steps}",
-        "trainer.val_rows=1", "trainer.export=false", "logging.wandb=disabled", *PROFILE, *rest,
+def overrides_of(preset: str, arm: str, T: int, steps: int, gpus: int, rest: list[str]) -> list[str]:
+    own = [f"experiment={preset}", f"attention={arm}", *rest]
+    trainer = load_config(own).trainer
+    micro_rows, batch_rows = (rows * trainer.seq_len // T for rows in (trainer.micro_rows, trainer.batch_rows))
+    words = [
+        *own, f"trainer.seq_len={T}", f"trainer.micro_rows={max(1, micro_rows)}",
+        f"trainer.batch_rows={max(gpus, batch_rows)}", f"trainer.steps={steps}", f"trainer.log_every={LOG_EVERY}",
+        f"trainer.val_every={steps}", "trainer.checkpoint_every=0", "trainer.val_rows=1",
+        "trainer.export=false", "logging.wandb=disabled", *PROFILE,
     ]  # fmt: skip
+    kind = kind_of(torch.cuda.get_device_name())
+    fits = kind is None or need(load_config(words), gpus).total <= room(GPUS[kind])
+    return words if fits else [*words, RECOMPUTED]
 
 
 def figures(
@@ -54,12 +65,13 @@ def figures(
 
 def one_run(preset: str, arm: str, T: int, steps: int, gpus: int, rest: list[str], folder: Path) -> dict[str, Any]:
     """A row; with `error` in place of figures where the run failed."""
-    overrides = overrides_of(preset, arm, T, steps, rest)
-    config, full = load_config(overrides), load_config(overrides_of(preset, "full", T, steps, rest))
+    overrides = overrides_of(preset, arm, T, steps, gpus, rest)
+    config, full = load_config(overrides), load_config([*overrides, "attention=full"])
     per_rank = config.trainer.batch_rows // gpus
     row: dict[str, Any] = {
         "preset": preset, "attention": arm, "T": T, "gpus": gpus, "zero": config.parallel.zero_stage, "ep": 1, "sp": 1,
-        "micro_batch": largest_divisor(per_rank, config.trainer.micro_rows), "overrides": rest,
+        "micro_batch": largest_divisor(per_rank, config.trainer.micro_rows), "batch_rows": config.trainer.batch_rows,
+        "checkpointing": config.trainer.activation_checkpointing, "overrides": rest,
     }  # fmt: skip
     name = f"{preset}-{arm}-{T}"
     places = [f"name={name}", f"runs_dir={folder}", f"data.prepared_dir={folder}/prepared"]

@@ -307,7 +307,7 @@ class TrainerConfig:
     log_every: int
     val_every: int
     val_rows: int  # held-out rows in a validation, at most
-    checkpoint_every: int
+    checkpoint_every: int  # and at the end; 0: only where a signal stops the run
     keep_checkpoints: int
     max_bad_steps: int  # skipped steps in a row that stop the run
     on_spike: Literal["warn", "skip", "stop"]  # what a step does whose loss lies far above the last ones
@@ -318,8 +318,10 @@ class TrainerConfig:
     def problems(self) -> list[str]:
         found = _not_positive(
             self, "steps", "seq_len", "batch_rows", "micro_rows", "loss_chunk_tokens", "log_every", "val_every",
-            "val_rows", "checkpoint_every", "keep_checkpoints", "max_bad_steps",
+            "val_rows", "keep_checkpoints", "max_bad_steps",
         )  # fmt: skip
+        if self.checkpoint_every < 0:
+            found.append(f"checkpoint_every={self.checkpoint_every} must not be negative; 0 writes none")
         if self.spike_sigmas < 0:
             found.append(f"spike_sigmas={self.spike_sigmas} must not be negative; 0 switches it off")
         if self.spike_window < 2:

@@ -118,6 +118,7 @@ def _(do, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, cu_seqlens, blocks
 def _save(ctx, inputs, output) -> None:
     *tensors, _blocks, spec, scale = inputs
     ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)  # only the first output has a gradient: no zeros for the branches' outputs
     ctx.sizes = spec, scale
 
 

@@ -270,7 +270,7 @@ class _Run:
             )
         if step % trainer.val_every == 0 or last:
             self._validate()
-        if step % trainer.checkpoint_every == 0 or last or stop:
+        if stop or (trainer.checkpoint_every and (step % trainer.checkpoint_every == 0 or last)):
             self._save()
         if stop and not last:
             raise Interrupted(f"stopped after step {step}, checkpoint written; the same command goes on from there")
