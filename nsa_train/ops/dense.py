@@ -67,6 +67,7 @@ def dense_attention(
         backend = choose_backend(q, v, lengths, window)
         if q.is_cuda:
             _log_once(backend, q.shape[-1], v.shape[-1])
+    q, k, v = (x.contiguous() for x in (q, k, v))  # kernels want rows that begin at a multiple of 16 bytes
     if backend == "varlen":
         return _varlen(q, k, v, lengths, scale, window)
     G = q.shape[1] // k.shape[1]

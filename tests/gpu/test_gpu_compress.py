@@ -10,7 +10,7 @@ from nsa_train.ops.nsa import NSASpec
 from nsa_train.ops.segments import Segments
 from nsa_train.packing import Packing
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("unwritten_memory_is_poison")]
+pytestmark = pytest.mark.gpu
 SPEC = NSASpec()
 LENGTHS = [31, 1, 1000, 32, 47, 2113, 48]
 NAMES = ("y", "x", "w1", "bias", "w2")
@@ -30,6 +30,7 @@ def case(kind, width):
     return Segments(cu_seqlens, sum(LENGTHS), SPEC), cu_seqlens, [x.detach().transpose(0, 1).requires_grad_(), *weights]
 
 
+@pytest.mark.usefixtures("unwritten_memory_is_poison")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("width", [50, 64, 96, 128, 192])
 def test_blocks_and_gradients_are_those_of_the_reference(kind, width):

@@ -288,7 +288,7 @@ def test_a_watcher_sees_rotated_queries_and_token_keys_of_every_layer(arm):
         model.hidden(*rows()[::2])
         assert [layer for layer, _ in seen] == list(range(MODEL.layers))
         for (_, attended), (attention, x, layout) in zip(seen, inputs, strict=False):
-            q, k = attention.q(x).unflatten(-1, (MODEL.heads, -1)), attention.kv["token"](x)[0]
+            q, k = attention.q(x).unflatten(-1, (MODEL.heads, -1)), attention.project(x)[0]["token"][0]
             assert torch.equal(attended.q, apply_rope(q, layout.angles))
             assert torch.equal(attended.k, apply_rope(k, layout.angles))
             assert (attended.blocks is None) == arm.startswith("full")

@@ -47,14 +47,14 @@ LAYOUTS = {
 def note_what_parity_rests_on(file):
     """Write the smallest lead of a chosen expert over the next one, and each micro-batch's number of labels."""
     from nsa_train.data.loader import NO_LABEL
-    from nsa_train.model.router import SCORES, Router
+    from nsa_train.model.router import Router
     from nsa_train.model.transformer import Transformer
 
     route, forward = Router.forward, Transformer.forward
 
     @torch.no_grad()
     def leads(self, x):
-        scores = SCORES[self.config.router](torch.nn.functional.linear(x, self.weight)) + self.bias
+        scores = torch.nn.functional.linear(x, self.weight).sigmoid() + self.bias
         best = scores.topk(self.config.top_k + 1).values
         return best[:, -2] - best[:, -1]
 
