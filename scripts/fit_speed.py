@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from nsa_train.bench.figures import totals
-from nsa_train.bench.training import overrides_of
 from nsa_train.config.load import load_config
 from nsa_train.data.stages import at_stage, stages_of
 from nsa_train.plan.speed import GPUS, Gpu, fitted, kind_of
@@ -26,12 +25,20 @@ def of_training(gpu: Gpu, rows: list[dict[str, Any]]) -> dict[str, dict[int, flo
     found: dict[str, dict[int, float]] = {}
     for row in rows:
         if row["attention"] == "nsa" and row.get("parts"):
-            config = load_config(overrides_of(row["preset"], row["attention"], row["T"], 1, row["overrides"]))
+            config = load_config(_words(row))
             config = at_stage(config, stages_of(config)[0], row["gpus"])
             on_gpu = {part: ms for part, ms in row["parts"].items() if part not in (DATA, HOST)}
             for part, shares in fitted(config, gpu, row["gpus"], on_gpu).items():
                 found[part] = found.get(part, {}) | shares
     return found
+
+
+def _words(row: dict[str, Any]) -> list[str]:
+    return [
+        f"experiment={row['preset']}", f"attention={row['attention']}", *row["overrides"],
+        f"trainer.seq_len={row['T']}", f"trainer.micro_rows={row['micro_batch']}",
+        f"trainer.batch_rows={row['batch_rows']}", f"trainer.activation_checkpointing={row['checkpointing']}",
+    ]  # fmt: skip
 
 
 def of_attention(gpu: Gpu, rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -98,10 +99,13 @@ class Transformer(nn.Module):
         phi is mean pooling; gates are one half.
         """
         small = self.config.init_std / (2 * self.config.layers) ** 0.5
-        for name, parameter in self.named_parameters():
-            if not name.endswith("norm.weight"):
-                into_stream = name.endswith((".o.weight", ".down.weight", ".down"))
-                normal_(parameter, name, seed, small if into_stream else self.config.init_std)
+
+        def draw(item: tuple[str, nn.Parameter]) -> None:
+            into_stream = item[0].endswith((".o.weight", ".down.weight", ".down"))
+            normal_(item[1], item[0], seed, small if into_stream else self.config.init_std)
+
+        with ThreadPoolExecutor() as threads:  # each has its own generator, which one core runs
+            list(threads.map(draw, (item for item in self.named_parameters() if not item[0].endswith("norm.weight"))))
         for layer in self.layers:
             layer.attention.start()  # type: ignore[operator, union-attr]
 

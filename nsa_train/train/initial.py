@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,10 +116,10 @@ def _in_short(names: Iterable[str]) -> str:
 
 def weights_hashes(model: Transformer) -> dict[str, str]:
     """sha256 of each parameter's initial values, by name and shape: equal in all arms that have the parameter."""
-    return {
-        f"{name} {list(parameter.shape)}": hashlib.sha256(parameter.detach().numpy().tobytes()).hexdigest()
-        for name, parameter in sorted(model.named_parameters())
-    }
+    named = sorted(model.named_parameters())
+    with ThreadPoolExecutor() as threads:  # a minute for billions of parameters, one by one
+        hashes = threads.map(lambda item: hashlib.sha256(item[1].detach().numpy()).hexdigest(), named)
+        return {f"{name} {list(p.shape)}": found for (name, p), found in zip(named, hashes, strict=True)}
 
 
 def common_hash(weights: dict[str, str]) -> str:

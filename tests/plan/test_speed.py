@@ -42,7 +42,8 @@ def test_a_measured_step_fitted_and_predicted_is_that_step_again():
 
 
 def test_the_script_prints_the_shares_of_a_result_file(tmp_path):
-    row = {"preset": "m", "attention": "nsa", "T": 8192, "gpus": 1, "overrides": ["trainer.batch_rows=8"], "parts": MS}
+    row = {"preset": "m", "attention": "nsa", "T": 8192, "gpus": 1, "micro_batch": 2, "batch_rows": 8,
+           "checkpointing": False, "overrides": ["trainer.batch_rows=8"], "parts": MS}  # fmt: skip
     host = {"data": 3.0, "waiting for the host": 500.0}
     rows = [row | {"parts": MS | host}, row | {"attention": "full", "parts": {"experts": 1.0}}, row | {"parts": {}}]
     head = {"schema": "nsa-train/training/1", "date": "2026-01-01", "commit": None, "command": "c"}
@@ -121,7 +122,7 @@ def test_zero_3_sends_more_and_zero_1_less_than_zero_2():
 def test_a_run_of_stages_takes_what_its_stages_take_together():
     config = load_config(["stages=long_64k", "experiment=r1", "trainer.steps=9000"])
     short, long = stages_of(config)
-    assert (at_stage(config, long, 1).trainer.seq_len, at_stage(config, long, 1).trainer.micro_rows) == (65536, 1)
+    assert (at_stage(config, long, 1).trainer.seq_len, at_stage(config, long, 1).trainer.micro_rows) == (65536, 2)
     seconds = [sum(speed.step_seconds(at_stage(config, stage, 1), "h100", 1).values()) for stage in (short, long)]
     steps = [long.first_step, 9000 - long.first_step]
     assert min(steps) > 0
