@@ -2,8 +2,9 @@
 
 python scripts/fit_speed.py docs/results/training_h100.json docs/results/attention_h100.json
 
-Of a training file count the rows with arm `nsa` that have a profile; of two with the same size the later. Of an
-attention file count the fastest dense kernels of one document, which give `attention, full`.
+Of a training file count the rows with arm `nsa` that have a profile; of those with the same size the one with the
+shortest rows on the fewest GPUs. Of an attention file count the fastest dense kernels of one document, which give
+`attention, full`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nsa_train.bench.figures import totals
+from nsa_train.bench.training import settings_of
 from nsa_train.config.load import load_config
 from nsa_train.data.stages import at_stage, stages_of
 from nsa_train.plan.speed import GPUS, Gpu, fitted, kind_of
@@ -23,22 +25,14 @@ from nsa_train.train.profile import DATA, HOST
 
 def of_training(gpu: Gpu, rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, float]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["T"], row["gpus"]), reverse=True):
         if row["attention"] == "nsa" and row.get("parts"):
-            config = load_config(_words(row))
+            config = load_config(settings_of(row))
             config = at_stage(config, stages_of(config)[0], row["gpus"])
             on_gpu = {part: ms for part, ms in row["parts"].items() if part not in (DATA, HOST)}
             for part, shares in fitted(config, gpu, row["gpus"], on_gpu).items():
                 found[part] = found.get(part, {}) | shares
     return found
-
-
-def _words(row: dict[str, Any]) -> list[str]:
-    return [
-        f"experiment={row['preset']}", f"attention={row['attention']}", *row["overrides"],
-        f"trainer.seq_len={row['T']}", f"trainer.micro_rows={row['micro_batch']}",
-        f"trainer.batch_rows={row['batch_rows']}", f"trainer.activation_checkpointing={row['checkpointing']}",
-    ]  # fmt: skip
 
 
 def of_attention(gpu: Gpu, rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:

@@ -14,6 +14,9 @@ from typing import Any
 
 from nsa_train.bench import memory
 from nsa_train.bench.figures import totals
+from nsa_train.bench.training import settings_of
+from nsa_train.config.load import load_config
+from nsa_train.plan.advice import GIB, need
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -78,9 +81,43 @@ def memory_plan() -> str:
     return memory.markdown([(result["device"]["name"], row) for result in results for row in result["rows"]])
 
 
+def training() -> str:
+    """Speed, share of the peak and memory of the training benchmark's runs."""
+    lines = [
+        "| GPUs | preset | attention | T | tokens a pass | recomputed | tokens/s | MFU, executed | MFU, as if full "
+        "| peak GiB | planned GiB | commit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(RESULTS.glob("training_*.json")):
+        result = json.loads(path.read_text())
+        for row in result["rows"]:
+            again = "yes" if row["checkpointing"] else "no"
+            planned = need(load_config(settings_of(row)), row["gpus"]).total / GIB
+            lines.append(
+                f"| {row['gpus']} x {result['device']['name']} | `{row['preset']}` | `{row['attention']}` | "
+                f"{row['T'] // 1024}k | {row['T'] * row['micro_batch'] // 1024}k | {again} | "
+                f"{row['tokens_per_s']:,.0f} | {row['mfu_executed']:.1%} | {row['mfu_dense']:.1%} | "
+                f"{row['peak_gib']:.1f} | {planned:.1f} | {row['commit'][:7]} |"
+            )
+    return "\n".join(lines)
+
+
+def moe() -> str:
+    """Milliseconds of a forward and backward pass of the MoE layers."""
+    lines = ["| GPU | layer | load of the experts | ms | peak GiB | relative error |", "|---|---|---|---|---|---|"]
+    for path in sorted(RESULTS.glob("moe_*.json")):
+        result = json.loads(path.read_text())
+        for row in result["rows"]:
+            lines.append(
+                f"| {result['device']['name']} | {row['impl']} | {row['load']} | {row['ms']:.1f} | "
+                f"{row['peak_gib']:.1f} | {row['rel_err']:.1e} |"
+            )
+    return "\n".join(lines)
+
+
 PAGES = {
     "README.md": {"first_run": first_run, "attention": attention},
-    "docs/performance.md": {"memory": memory_plan},
+    "docs/performance.md": {"memory": memory_plan, "training": training, "moe": moe},
 }
 
 

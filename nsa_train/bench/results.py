@@ -40,16 +40,28 @@ def gpu_label() -> str:
     return found.group().lower() if found else "gpu"
 
 
+def command_line() -> str:
+    """What the user typed."""
+    ours = sys.argv[0].endswith(("__main__.py", "nsa-train"))
+    program = ["nsa-train"] if ours else ["python", sys.argv[0]]
+    return shlex.join([*program, *sys.argv[1:]])
+
+
+def with_earlier(path: Path, rows: list[dict[str, Any]], key: tuple[str, ...]) -> list[dict[str, Any]]:
+    """`rows` behind those of an earlier file that have another key: one command measures a part of a table."""
+    earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+    new = {tuple(row.get(k) for k in key) for row in rows}
+    return [*(row for row in earlier if tuple(row.get(k) for k in key) not in new), *rows]
+
+
 def write_result(
     name: str, kind: str, rows: list[dict[str, Any]], commit: str | None = None, folder: Path = RESULTS
 ) -> Path:
     """<folder>/<name>.json; `commit` names the source where the checkout does not, as in a copy of it."""
     path = folder / f"{name}.json"
-    ours = sys.argv[0].endswith(("__main__.py", "nsa-train"))
-    program = ["nsa-train"] if ours else ["python", sys.argv[0]]
     head = {
         "schema": f"nsa-train/{kind}/1",
-        "command": shlex.join([*program, *sys.argv[1:]]),
+        "command": command_line(),
         "commit": commit or runtime.git_commit(),
         "date": datetime.date.today().isoformat(),
         "device": device_facts(),

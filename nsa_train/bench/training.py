@@ -3,7 +3,7 @@
 A step and a forward pass have as many tokens as the preset's at its own row length, a row at least; activations are
 recomputed where the plan says that they do not fit the GPU. FLOPs are counted as if every row were one document: packs
 of short documents need fewer; what is recomputed does not count. `parts` are milliseconds of a step by part
-(`nsa_train.train.profile`), of one before those that are timed.
+(`nsa_train.train.profile`), of one before those that are timed. Rows that the file has of other runs stay in it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from nsa_train.plan.speed import GPUS, kind_of
 LOG_EVERY = 5  # steps that a speed is a mean over
 PROFILE = ("profile=trace", "profile.skip=6", "profile.steps=1")
 RECOMPUTED = "trainer.activation_checkpointing=true"
+KEY = ("preset", "attention", "T", "gpus", "zero", "micro_batch", "batch_rows", "checkpointing")  # of a row
 PROFILED = 10  # steps after which start-up, compilation and profile are over
 
 
@@ -48,6 +49,15 @@ def overrides_of(preset: str, arm: str, T: int, steps: int, gpus: int, rest: lis
     kind = kind_of(torch.cuda.get_device_name())
     fits = kind is None or need(load_config(words), gpus).total <= room(GPUS[kind])
     return words if fits else [*words, RECOMPUTED]
+
+
+def settings_of(row: dict[str, Any]) -> list[str]:
+    """Overrides that decide the size of the run behind a row."""
+    return [
+        f"experiment={row['preset']}", f"attention={row['attention']}", *row["overrides"],
+        f"trainer.seq_len={row['T']}", f"trainer.micro_rows={row['micro_batch']}",
+        f"trainer.batch_rows={row['batch_rows']}", f"trainer.activation_checkpointing={row['checkpointing']}",
+    ]  # fmt: skip
 
 
 def figures(
@@ -104,10 +114,13 @@ def main(arguments: list[str]) -> int:
         raise NsaTrainError("bench training: no CUDA device here; it measures training on GPUs")
     runtime.share_cores(args.gpus)
     rows: list[dict[str, Any]] = []
+    name = f"training_{results.gpu_label()}"
+    source = {"command": results.command_line(), "commit": args.commit or runtime.git_commit()}
     with tempfile.TemporaryDirectory() as folder:
         for preset, T, arm in product(args.presets, args.lengths, args.arms):
-            rows.append(one_run(preset, arm, T, args.steps, args.gpus, args.set, Path(folder)))
+            rows.append(one_run(preset, arm, T, args.steps, args.gpus, args.set, Path(folder)) | source)
             runtime.log.info("%s", rows[-1])
-            written = results.write_result(f"training_{results.gpu_label()}", "training", rows, args.commit, args.out)
+            every = results.with_earlier(args.out / f"{name}.json", rows, KEY)
+            written = results.write_result(name, "training", every, args.commit, args.out)
     runtime.log.info("%s", written)
     return 0

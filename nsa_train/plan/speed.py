@@ -40,24 +40,24 @@ GPUS = {
 
 Shares = Mapping[str, Mapping[int, float]]  # part -> size (`size_of`) -> share of the peak
 
-# By `python scripts/fit_speed.py`, whose output stands here. A part without a share counts as at its peak.
-# H200, 2026-11-28: one GPU, nsa, bf16, rows of 8192, GPU time by `profile=trace`; size 1536 and 192 are preset m with
-# trainer.batch_rows=8, 384 and 64 preset r1. "attention, full": docs/results/attention_h100.json, fastest kernel.
+# By `python scripts/fit_speed.py docs/results/training_h200.json docs/results/attention_h100.json`, whose output stands
+# here: GPU time by `profile=trace` of one H200, 2026-11-28. Sizes 1536 and 192 are preset m, 384 and 64 preset r1.
 H200: Shares = {
-    "attention": {384: 0.181, 1536: 0.449},
-    "attention, cmp": {64: 0.138, 192: 0.207},
+    "attention": {384: 0.372, 1536: 0.633},
+    "attention, cmp": {64: 0.139, 192: 0.193},
     "attention, full": {64: 0.379, 128: 0.492, 192: 0.444},
-    "attention, gates": {64: 0.795, 192: 0.795},
-    "attention, selection": {64: 0.085, 192: 0.207},
-    "attention, slc": {64: 0.208, 192: 0.292},
-    "attention, win": {64: 0.219, 192: 0.283},
-    "dense MLP": {384: 0.469, 1536: 0.750},
-    "experts": {384: 0.179, 1536: 0.504},
-    "head": {384: 0.145, 1536: 0.376},
-    "norms": {384: 0.143, 1536: 0.277},
-    "optimizer": {384: 0.069, 1536: 0.253},
-    "other": {384: 0.049, 1536: 0.165},
-    "router": {384: 0.108, 1536: 0.169},
+    "attention, gates": {64: 0.849, 192: 0.848},
+    "attention, selection": {64: 0.079, 192: 0.207},
+    "attention, slc": {64: 0.214, 192: 0.306},
+    "attention, win": {64: 0.222, 192: 0.273},
+    "communication": {384: 0.181},
+    "dense MLP": {384: 0.513, 1536: 0.710},
+    "experts": {384: 0.173, 1536: 0.495},
+    "head": {384: 0.482, 1536: 0.735},
+    "norms": {384: 0.545, 1536: 0.529},
+    "optimizer": {384: 0.175, 1536: 0.319},
+    "other": {384: 0.044, 1536: 0.162},
+    "router": {384: 0.275, 1536: 0.235},
 }
 SHARES: dict[str, Shares] = {"h100": H200, "h200": H200}  # an H100's own are not measured yet
 
@@ -107,10 +107,11 @@ def step_bytes(config: Config, ranks: int) -> dict[str, float]:
     width, again = dtype_of(config.trainer.dtype).itemsize, config.trainer.activation_checkpointing
     parameters, micro_batches = _parameters(config), config.trainer.batch_rows / ranks / config.trainer.micro_rows
     found = {
-        # forward reads and writes a row, backward reads two and writes one; those before attention may come again
-        "norms": tokens * m.width * width * (5 * (2 * m.layers + 1) + 2 * again * m.layers),
-        # input and its gradient in bf16 and fp32: a cast and a product each way, and the weights' gradient
-        "router": tokens * m.width * (m.layers - m.dense_layers) * (3 * width + 4 * 4),
+        # forward reads and writes a row, backward reads two and writes one, those before attention perhaps once more;
+        # those before an MLP also add: two and two, three and one
+        "norms": tokens * m.width * width * (5 * (m.layers + 1) + 8 * m.layers + 2 * again * m.layers),
+        # input twice and its gradient; logits, their gradient and its halves, each written and read
+        "router": tokens * (m.layers - m.dense_layers) * (3 * m.width * width + 6 * config.moe.experts * 4),
         # gradient, and fp32 weights and two moments read and written; weights
         "optimizer": parameters / ranks * (4 + 6 * 4 + width),
         # each micro-batch adds its gradients to a sum in fp32

@@ -73,7 +73,7 @@ def test_every_part_of_every_arm_takes_time_and_has_a_share(arm, kind):
             f"experiment={preset}", f"attention={arm}", "trainer.dtype=bf16", "trainer.seq_len=4096", ranks=8
         )
         seconds = speed.step_seconds(config, kind, 8)
-        assert set(seconds) - set(speed.SHARES[kind]) == {"communication"}
+        assert set(seconds) <= set(speed.SHARES[kind])
         scored = arm not in ("nsa_random", "nsa_no_slc")  # selection takes time only where blocks are scored
         assert [p for p, s in seconds.items() if s <= 0 and (scored or p != "attention, selection")] == []
 
