@@ -1,6 +1,6 @@
 """Shares of a GPU's peak by part, from result files, as they stand in nsa_train/plan/speed.py.
 
-python scripts/fit_speed.py docs/results/training_h100.json docs/results/attention_h100.json
+python scripts/fit_speed.py docs/results/training_h200.json docs/results/attention_h100.json
 
 Of a training file count the rows with arm `nsa` that have a profile; of those with the same size the one with the
 shortest rows on the fewest GPUs. Of an attention file count the fastest dense kernels of one document, which give

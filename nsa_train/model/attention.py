@@ -16,9 +16,10 @@ from nsa_train.model.layers import apply_rope
 from nsa_train.ops import reference
 from nsa_train.ops.dense import dense_attention
 from nsa_train.ops.linear import linears
-from nsa_train.ops.nsa import nsa_attention
+from nsa_train.ops.nsa import chosen_backend, nsa_attention
 from nsa_train.ops.segments import Segments
 from nsa_train.ops.statistics import selection_statistics
+from nsa_train.ops.window_attention import window_attention
 from nsa_train.packing import Packing
 
 Angles = tuple[Tensor, Tensor]
@@ -120,8 +121,11 @@ class Attention(nn.Module):
             k = apply_rope(k, angles)
             if self.watcher is not None:
                 self.watcher(Attended(q, k, None))
-            window = self.config.window if branch == "win" else None
-            o = dense_attention(q, k, v, packing.lengths, window=window)
+            if branch == "win" and chosen_backend(self.config.backend, q) == "triton":
+                o = window_attention(q, k, v, self.spec, packing.cu_seqlens)
+            else:
+                window = self.config.window if branch == "win" else None
+                o = dense_attention(q, k, v, packing.lengths, window=window)
             o = o if gates is None else o * gates
         return self.o(o.flatten(1))
 

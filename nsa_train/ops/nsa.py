@@ -59,7 +59,7 @@ def nsa_attention(
     """
     _check_shapes(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, spec, cu_seqlens, blocks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if _backend(backend, q) == "reference":
+    if chosen_backend(backend, q) == "reference":
         o, details = nsa_reference(
             q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, spec, cu_seqlens, scale, blocks
         )  # fmt: skip
@@ -69,7 +69,8 @@ def nsa_attention(
     return (o, NSADetails(*(x.detach() for x in found[:4]))) if return_details else o
 
 
-def _backend(backend: str, q: Tensor) -> str:
+def chosen_backend(backend: str, q: Tensor) -> str:
+    """ "reference" or "triton"; what "auto" means is said at `nsa_attention`. Raises ValueError where it cannot run."""
     if backend == "auto":
         return "triton" if q.is_cuda and q.dtype in KERNEL_DTYPES else "reference"
     if backend not in ("reference", "triton"):

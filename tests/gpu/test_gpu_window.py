@@ -6,6 +6,9 @@ from helpers import assert_close
 from window_cases import DEVICE, NAMES, computed, expected, inputs, spec
 
 from nsa_train.ops import combine, reference, window, window_hopper
+from nsa_train.ops.dense import dense_attention
+from nsa_train.ops.window_attention import window_attention
+from nsa_train.packing import Packing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("unwritten_memory_is_poison")]
 PATHS = {"plain": window, "hopper": window_hopper}
@@ -84,6 +87,19 @@ def test_both_paths_agree_on_long_sequences():
     hopper = computed(lengths, 512, *case, 0.07, module=module_for("hopper", case, 512))
     for name, a, b in zip(NAMES, hopper, computed(lengths, 512, *case, 0.07), strict=True):
         assert_close(name, a, b, rms=5e-3)
+
+
+def test_the_branch_by_itself_is_dense_attention_with_a_window():
+    q, k, v, do, _ = inputs(MIXED, G=16, D=64, Dv=64, dtype=torch.bfloat16)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    cu_seqlens = Packing.from_lengths(MIXED).cu_seqlens.to(DEVICE)
+    got = window_attention(*leaves, spec(512), cu_seqlens)
+    wide = [x.detach().float().requires_grad_() for x in leaves]
+    want = dense_attention(*wide, MIXED, window=512)
+    assert_close("o", got, want, rms=1e-2)
+    found, wanted = torch.autograd.grad(got, leaves, do), torch.autograd.grad(want, wide, do.float())
+    for name, a, b in zip(NAMES[2:], found, wanted, strict=True):
+        assert_close(name, a, b, rms=1e-2)
 
 
 @pytest.mark.parametrize(("Hq", "Dv"), [(64, 128), (16, 64), (3, 48)])
