@@ -2,20 +2,25 @@
 
 On a GPU the backend is chosen by shape and forced, never left to a silent fallback:
 
-    cudnn      SDPA, document by document; the fastest for one, and the only one with key and value widths that differ
-    varlen     FlashAttention-2 over all documents at once: a call each would keep the GPU waiting for the host
-    flash      FlashAttention-2, document by document
+    cudnn      SDPA; the fastest, and the only one with key and value widths that differ
+    varlen     FlashAttention-2 over all documents at once, where many short ones would have to be padded for cuDNN
+    flash      FlashAttention-2 by SDPA
     efficient  SDPA's memory-efficient kernel with an explicit mask; slow, takes everything
     torch      whatever PyTorch picks: CPUs, fp32, fp64
+
+SDPA has no packed form: documents of one length go through it together.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,9 +36,10 @@ SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-# Documents are padded to a multiple of so many tokens for cuDNN, which makes a plan for every length that it meets:
+# Documents are padded to a multiple of so many tokens for cuDNN, which makes a plan for every shape that it meets:
 # milliseconds, where packs bring new lengths in every batch.
 CUDNN_TOKENS = 512
+MOST_PADDED = 1.25  # times the tokens; with more padding, one call without any is faster
 
 
 def choose_backend(q: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> str:
@@ -42,7 +48,76 @@ def choose_backend(q: Tensor, v: Tensor, lengths: Sequence[int], window: int | N
         return "torch"
     if window is not None:
         return "varlen" if q.shape[-1] == v.shape[-1] else "efficient"
-    return "varlen" if len(lengths) > 1 and q.shape[-1] == v.shape[-1] else "cudnn"
+    padded = sum(-(-length // CUDNN_TOKENS) * CUDNN_TOKENS for length in lengths)
+    return "varlen" if padded > MOST_PADDED * sum(lengths) and q.shape[-1] == v.shape[-1] else "cudnn"
+
+
+class Places(NamedTuple):
+    """Where tokens lie when documents are padded and those of one length stand together: R rows.
+
+    groups  documents and their padded length, one pair a group, in the order of the rows
+    token   [R]  int64, of each row; of padding, any of its document
+    real    [R]  bool, no padding
+    row     [T]  int64, of each token
+    """
+
+    groups: tuple[tuple[int, int], ...]
+    token: Tensor
+    real: Tensor
+    row: Tensor
+
+
+@functools.lru_cache(maxsize=2)  # the same for every layer of a pass
+def places(lengths: tuple[int, ...], multiple: int, device: torch.device) -> Places | None:
+    """For documents padded to a multiple of so many tokens; None: everything stays where it is."""
+    padded = [-(-length // multiple) * multiple for length in lengths]
+    order = sorted(range(len(lengths)), key=lambda i: padded[i])
+    groups = tuple((len(list(same)), length) for length, same in itertools.groupby(padded[i] for i in order))
+    inside = [np.arange(padded[i]) for i in order]
+    starts = np.cumsum([0, *lengths])
+    token = np.concatenate([starts[i] + np.minimum(at, lengths[i] - 1) for i, at in zip(order, inside, strict=True)])
+    real = np.concatenate([at < lengths[i] for i, at in zip(order, inside, strict=True)])
+    if len(groups) == 1 and real.all():
+        return None
+    row = np.empty(sum(lengths), np.int64)
+    row[token[real]] = np.flatnonzero(real)
+    return Places(groups, *(_to_device(x, device) for x in (token, real, row)))
+
+
+def _to_device(x: np.ndarray, device: torch.device) -> Tensor:
+    """By way of pinned memory, so that nobody waits for what the GPU has yet to do."""
+    there = torch.from_numpy(x)
+    return there.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else there
+
+
+def _spread(x: Tensor, at: Places) -> Tensor:
+    return torch.where(at.real[:, None, None], x[at.token], 0)
+
+
+class _ToRows(torch.autograd.Function):
+    """[T, H, D] -> [R, H, D], zeros in the padding."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, at: Places) -> Tensor:  # type: ignore[override]
+        ctx.at = at
+        return _spread(x, at)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return grad[ctx.at.row], None
+
+
+class _ToTokens(torch.autograd.Function):
+    """[R, H, D] -> [T, H, D]"""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, at: Places) -> Tensor:  # type: ignore[override]
+        ctx.at = at
+        return x[at.row]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return _spread(grad, ctx.at), None
 
 
 @functools.cache
@@ -70,14 +145,24 @@ def dense_attention(
     q, k, v = (x.contiguous() for x in (q, k, v))  # kernels want rows that begin at a multiple of 16 bytes
     if backend == "varlen":
         return _varlen(q, k, v, lengths, scale, window)
+    at = places(tuple(lengths), CUDNN_TOKENS if backend == "cudnn" else 1, q.device)
+    if at is None:
+        return _by_length(q, k, v, ((len(lengths), lengths[0]),), scale, window, backend)
+    q, k, v = (_ToRows.apply(x, at) for x in (q, k, v))
+    return _ToTokens.apply(_by_length(q, k, v, at.groups, scale, window, backend), at)
+
+
+def _by_length(
+    q: Tensor, k: Tensor, v: Tensor, groups: Sequence[tuple[int, int]],
+    scale: float | None, window: int | None, backend: str,
+) -> Tensor:  # fmt: skip
+    """SDPA of documents that stand in groups of one length."""
     G = q.shape[1] // k.shape[1]
+    sizes = [documents * length for documents, length in groups]
     outputs = []
-    for qd, kd, vd in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        L = len(qd)
-        if backend == "cudnn" and L % CUDNN_TOKENS:  # no token sees what is behind it
-            qd, kd, vd = (F.pad(x, (0, 0, 0, 0, 0, -L % CUDNN_TOKENS)) for x in (qd, kd, vd))
-        mask = None if window is None or len(qd) <= window else win_visible(len(qd), window, q.device)
-        heads = [x.transpose(0, 1)[None] for x in (qd, kd, vd)]  # [1, heads, L, width]
+    for (documents, length), *parts in zip(groups, *(x.split(sizes) for x in (q, k, v)), strict=True):
+        mask = None if window is None or length <= window else win_visible(length, window, q.device)
+        heads = [x.unflatten(0, (documents, length)).transpose(1, 2) for x in parts]  # [documents, heads, L, width]
         if backend == "efficient":  # the only one here that refuses grouped heads
             heads[1:] = [x.repeat_interleave(G, dim=1) for x in heads[1:]]
         if backend == "torch":
@@ -85,7 +170,7 @@ def dense_attention(
         else:
             with sdpa_kernel(SDPA[backend]):
                 o = _sdpa(heads, mask, scale)
-        outputs.append(o[0].transpose(0, 1)[:L])
+        outputs.append(o.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
 
 
@@ -97,8 +182,7 @@ def _sdpa(heads: list[Tensor], mask: Tensor | None, scale: float | None) -> Tens
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float | None, window: int | None) -> Tensor:
-    bounds = F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
-    bounds = bounds.pin_memory().to(q.device, non_blocking=True)
+    bounds = _to_device(np.cumsum([0, *lengths], dtype=np.int32), q.device)
     arguments = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # older releases group heads by themselves
         arguments["enable_gqa"] = q.shape[1] != k.shape[1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import assert_close
 
-from nsa_train.ops.dense import dense_attention
+from nsa_train.ops.dense import dense_attention, places
 
 
 def masked_softmax(q, k, v, lengths, scale, window):
@@ -45,3 +45,37 @@ def test_documents_do_not_reach_each_other():
     for x in (q, k, v):
         x[:8] = torch.nan
     assert torch.equal(dense_attention(q, k, v, (8, 12), window=5)[8:], before[8:])
+
+
+def test_padded_documents_of_one_length_stand_together_and_every_token_is_found_again():
+    lengths, multiple = (9, 4, 1, 8, 3, 16), 4
+    at = places(lengths, multiple, torch.device("cpu"))
+    assert at.groups == ((3, 4), (1, 8), (1, 12), (1, 16))
+    assert torch.equal(at.token[at.row], torch.arange(sum(lengths)))
+    assert at.real.sum() == sum(lengths)
+    assert at.real[at.row].all()
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    first = 0
+    for documents, length in at.groups:
+        for own in at.token[first : first + documents * length].view(documents, length):
+            assert len(document[own].unique()) == 1
+            n = lengths[int(document[own[0]])]
+            assert torch.equal(own[:n], own[0] + torch.arange(n))
+        first += documents * length
+    assert first == len(at.token)
+    assert places((8, 8, 8), 4, torch.device("cpu")) is None
+
+
+def test_padding_changes_nothing(monkeypatch):
+    """As cuDNN sees documents, on the kernels of a CPU."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (5, 16, 1, 7, 5)
+    q, k, v = (torch.randn(34, h, 4, generator=generator, dtype=torch.float64).requires_grad_() for h in (4, 2, 2))
+    want = dense_attention(q, k, v, lengths)
+    padded = places(lengths, 8, torch.device("cpu"))
+    monkeypatch.setattr("nsa_train.ops.dense.places", lambda *_: padded)
+    got = dense_attention(q, k, v, lengths)
+    assert_close("o", got, want, rms=1e-12)
+    grad = torch.randn(want.shape, generator=generator, dtype=torch.float64)
+    for g, w in zip(torch.autograd.grad(got, (q, k, v), grad), torch.autograd.grad(want, (q, k, v), grad), strict=True):
+        assert_close("gradient", g, w, rms=1e-12)
