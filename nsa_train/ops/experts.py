@@ -2,8 +2,8 @@
 
     T  tokens    M  width    E  experts    K  experts per token    R = T * K  rows    F  expert width
 
-Both moves of rows are permutations, so their backward passes are gathers: no atomics, the same bits every time. On a
-GPU what is no matrix product runs on the kernels of `experts_triton`; the forms in PyTorch stand here.
+Both moves of rows are permutations, and the backward pass of each is the other: no atomics, the same bits every time.
+On a GPU what is no matrix product runs on the kernels of `experts_triton`; the forms in PyTorch stand here.
 """
 
 from __future__ import annotations
@@ -22,6 +22,14 @@ def sum_rows(rows: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
         return experts_triton.sum_rows(rows, places, weights)
     parts = rows[places]
     return (parts if weights is None else parts * weights[..., None].to(rows.dtype)).sum(1)
+
+
+def spread_rows(x: Tensor, places: Tensor) -> Tensor:
+    """out[places[t, k]] = x[t], every row of out once: [T, M], [T, K] -> [T * K, M]."""
+    if on_kernels(x):
+        return experts_triton.spread_rows(x, places)
+    rows = x.new_empty(places.numel(), x.shape[1])
+    return rows.index_put((places,), x[:, None].expand(-1, places.shape[1], -1))
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -96,20 +104,19 @@ class _RoutedExperts(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, order: Tensor, places: Tensor, ends: Tensor
     ) -> Tensor:
-        product = grouped_matmul(x[order // weights.shape[1]], gate_up, ends)
+        product = grouped_matmul(spread_rows(x.contiguous(), places), gate_up, ends)
         ctx.save_for_backward(x, weights, gate_up, down, product, order, places, ends)
         return sum_rows(grouped_matmul(swiglu(product), down, ends), places, weights)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, weights, gate_up, down, product, order, places, ends = ctx.saved_tensors
-        token = order // weights.shape[1]
-        rows = grad.contiguous()[token]
+        rows = spread_rows(grad.contiguous(), places)
         d_h = grouped_matmul(rows, down.transpose(1, 2), ends)
         d_product, h, d_weights = weighted_swiglu_backward(product, d_h, order, weights)
         d_down = grouped_outer(h, rows, ends)
         del rows, d_h, h  # the largest tensors of a layer: gone before the next ones come
-        d_gate_up = grouped_outer(x[token], d_product, ends)
+        d_gate_up = grouped_outer(spread_rows(x.contiguous(), places), d_product, ends)
         d_rows = grouped_matmul(d_product, gate_up.transpose(1, 2), ends)
         return sum_rows(d_rows, places, None), d_weights, d_gate_up, d_down, None, None, None
 

@@ -115,6 +115,23 @@ def _sum_rows(
     tl.store(out + token.to(tl.int64)[:, None] * M + column, total.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _spread_rows(
+    x,  # [T, M]
+    places,  # [T, K]  int64
+    out,  # [R, M]
+    T, M, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    there = token < T
+    mask = there[:, None] & (column < M)
+    row = tl.load(x + token.to(tl.int64)[:, None] * M + column, mask=mask, other=0.0)
+    for k in tl.static_range(K):
+        place = tl.load(places + token * K + k, mask=there, other=0)
+        tl.store(out + place[:, None] * M + column, row, mask=mask)
+
+
 def _tile(width: int) -> tuple[int, int]:
     """Rows and columns of a program's tile."""
     columns = math.gcd(width, WIDEST)
@@ -164,4 +181,14 @@ def sum_rows(rows: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
     tokens, columns = _tile(M)
     grid = triton.cdiv(T, tokens), triton.cdiv(M, columns)
     _sum_rows[grid](rows, places, weights, out, T, M, K=K, TOKENS=tokens, COLUMNS=columns, num_warps=WARPS)
+    return out
+
+
+def spread_rows(x: Tensor, places: Tensor) -> Tensor:
+    """out[places[t, k]] = x[t]: [T, M], [T, K] -> [T * K, M]."""
+    (T, K), M = places.shape, x.shape[1]
+    out = x.new_empty(T * K, M)
+    tokens, columns = _tile(M)
+    grid = triton.cdiv(T, tokens), triton.cdiv(M, columns)
+    _spread_rows[grid](x, places, out, T, M, K=K, TOKENS=tokens, COLUMNS=columns, num_warps=WARPS)
     return out

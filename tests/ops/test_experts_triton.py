@@ -44,6 +44,15 @@ def test_sums_of_rows(T, K, width):
         assert_close("sum", got, experts.sum_rows(rows, places, own), rms=1e-6)
 
 
+@pytest.mark.parametrize(("T", "K"), [(1, 1), (7, 2), (100, 6)])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rows_of_tokens_go_to_their_places(T, K, width):
+    order, places = routing(T, K)
+    x = drawn(T, width)
+    for module in (experts, experts_triton):
+        assert torch.equal(module.spread_rows(x, places), x[order // K])
+
+
 @pytest.mark.parametrize(("T", "K"), [(1, 1), (7, 2), (100, 3)])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_gradient_of_weighted_swiglu(T, K, width):
