@@ -4,8 +4,9 @@ python scripts/compare_arms.py sweep --arms full nsa --lrs 5e-4 1e-3 2e-3 4e-3 -
 python scripts/compare_arms.py run --arms full nsa --seeds 0 1 2 --rates runs/r1-lr.json --set experiment=r1
 
 What --set says goes to every run. Ctrl-C, SIGTERM or the end of --until let the runs write checkpoints (exit code 75);
-the same command goes on, and finished runs are not repeated, nor those that --keep FOLDER has a file of. `sweep` writes <runs_dir>/<experiment>-lr.json: each arm's best learning
-rate by held-out loss, and whether it lies at the edge of those that were tried.
+the same command goes on. Finished runs are not repeated, nor those that the folder of --keep has a file of. `sweep`
+writes <runs_dir>/<experiment>-lr.json: each arm's best learning rate by held-out loss, and whether it lies at the edge
+of those that were tried.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from nsa_train.bench import results
 from nsa_train.compare import kept
 from nsa_train.compare.command import main as compare
 from nsa_train.compare.runs import Run
-from nsa_train.config.load import load_config, to_tree
+from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
 from nsa_train.errors import DivergedError, Interrupted, NsaTrainError, RunFolderError
 from nsa_train.evaluate.command import MAPS, TASKS, misfit
@@ -40,12 +41,12 @@ PROGRAM = (sys.executable, "-m", "nsa_train")
 
 @dataclass(frozen=True)
 class Job:
-    """A run to train, what to ask it for afterwards (words of `nsa-train eval`, by task), and the file to keep it in."""
+    """A run to train, and what comes afterwards."""
 
     overrides: tuple[str, ...]
     config: Config
-    evaluations: dict[str, list[str]]
-    file: Path | None
+    evaluations: dict[str, list[str]]  # words of `nsa-train eval`, by task
+    file: Path | None  # that keeps it
 
     @staticmethod
     def of(
@@ -61,7 +62,7 @@ class Job:
         asked = {task: ask for task, ask in (evaluations or {}).items() if not misfit(task, config.attention)}
         file = keep and keep / f"{config.name}{kept.SUFFIX}"
         if file and file.exists():
-            there, now = (kept.without_places(to_tree(some)) for some in (Run.read(file).config, config))
+            there, now = kept.recipe(Run.read(file).config), kept.recipe(config)
             lines = [f"  {key}: {a!r} there, {b!r} now" for key, (a, b) in differing(there, now, FREE_KEYS).items()]
             if lines:
                 raise RunFolderError(

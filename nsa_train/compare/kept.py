@@ -23,7 +23,10 @@ from typing import Any
 
 import numpy as np
 
+from nsa_train.config import schema
+from nsa_train.config.load import to_tree
 from nsa_train.errors import RunFolderError, StorageError
+from nsa_train.train.folder import complete_config
 from nsa_train.train.heldout import HeldOut
 
 SCHEMA, SUFFIX = "nsa-train/run/1", ".json.xz"
@@ -34,12 +37,12 @@ SUMS = ("position", "recall")  # of HeldOut: [N, buckets, 2]
 
 
 def save(path: Path, parts: dict[str, Any]) -> bool:
-    """Write PARTS of a run; False: they are there already.
+    """Write PARTS of a run, which are those of `Run`; False: they are there already.
 
     Evaluations may be added to a file that is there. Raises RunFolderError where it holds anything else, StorageError
     where it cannot be written.
     """
-    plain = {"schema": SCHEMA, **parts, "config": without_places(parts["config"])}
+    plain = {"schema": SCHEMA, **parts, "config": _without_places(to_tree(parts["config"]))}
     plain |= {"heldout": _lists(parts["heldout"]), **{key: _rounded(parts[key]) for key in ROUNDED}}
     text = json.dumps(plain, separators=(",", ":"))
     if path.exists():
@@ -48,32 +51,41 @@ def save(path: Path, parts: dict[str, Any]) -> bool:
             return False
         told, known = before.pop("evaluations", []), now.pop("evaluations")
         if before != now or any(row not in known for row in told):
-            raise RunFolderError(f"{path}: keeps another run of that name; choose another --out, or delete the file")
+            raise RunFolderError(f"{path}: keeps another run of that name; choose another folder, or delete the file")
     aside = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
         os.replace(aside, path)
     except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error}); choose another --out") from error
+        raise StorageError(f"{path}: cannot be written ({error}); choose another folder") from error
     return True
 
 
 def load(path: Path) -> dict[str, Any]:
-    """PARTS of a run as they were saved. Raises RunFolderError."""
+    """PARTS of a run. Raises RunFolderError, or ConfigError where the configuration is no legal one."""
     found = _read(path)
     try:
-        return {key: _arrays(found[key]) if key == "heldout" else found[key] for key in PARTS}
+        parts = {key: found[key] for key in PARTS}
+        return parts | {"config": complete_config(parts["config"], path), "heldout": _arrays(parts["heldout"])}
     except (KeyError, TypeError, ValueError) as error:
         raise RunFolderError(f"{path}: something is missing ({error}); keep the run again") from error
 
 
-def without_places(tree: Any) -> Any:
-    """A configuration as plain data, its absolute paths reduced to their last part: what it is on any machine."""
+def recipe(config: schema.Config) -> dict[str, Any]:
+    """What of a configuration runs on any machine share: no absolute paths, nor where sources lie."""
+    tree = _without_places(to_tree(config))
+    for source in tree["data"]["sources"].values():
+        del source["root"]
+    return tree
+
+
+def _without_places(tree: Any) -> Any:
+    """Plain data with absolute paths reduced to their last part."""
     if isinstance(tree, dict):
-        return {key: without_places(value) for key, value in tree.items()}
+        return {key: _without_places(value) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [without_places(value) for value in tree]
+        return [_without_places(value) for value in tree]
     return Path(tree).name if isinstance(tree, str) and tree.startswith("/") else tree
 
 

@@ -14,11 +14,10 @@ import numpy as np
 
 from nsa_train.compare import kept
 from nsa_train.config import schema
-from nsa_train.config.load import to_tree
 from nsa_train.data.stages import stages_of
 from nsa_train.errors import NsaTrainError, RunFolderError
 from nsa_train.plan.flops import training_flops
-from nsa_train.train.folder import FREE_KEYS, complete_config, differing, read_config
+from nsa_train.train.folder import FREE_KEYS, differing, read_config
 from nsa_train.train.heldout import HELDOUT, HeldOut
 from nsa_train.train.metrics import METRICS, read_metrics
 
@@ -47,10 +46,7 @@ class Run:
     @staticmethod
     def read(path: Path) -> Run:
         """Raises RunFolderError where there is no run, or an unfinished one."""
-        if not path.is_file():
-            return Run._of_folder(path)
-        parts = kept.load(path)
-        return Run(path, **parts | {"config": complete_config(parts["config"], path)})
+        return Run(path, **kept.load(path)) if path.is_file() else Run._of_folder(path)
 
     @staticmethod
     def _of_folder(folder: Path) -> Run:
@@ -67,8 +63,7 @@ class Run:
     def keep(self, folder: Path) -> tuple[Path, bool]:
         """The file in `folder` that keeps the run, and whether it had to be written. Raises as `kept.save`."""
         path = folder / f"{self.config.name}{kept.SUFFIX}"
-        parts = {key: getattr(self, key) for key in kept.PARTS}
-        return path, kept.save(path, parts | {"config": to_tree(self.config)})
+        return path, kept.save(path, {key: getattr(self, key) for key in kept.PARTS})
 
     @property
     def arm(self) -> str:
@@ -197,15 +192,15 @@ def _one_corpus(runs: Sequence[Run]) -> Iterator[str]:
 def _one_recipe(runs: Sequence[Run]) -> Iterator[str]:
     """Configurations differ in the arm, its learning rate and the seed; those of one arm in the seed only."""
     free = (*FREE_KEYS, "name", "seed")
-    trees = {id(run): kept.without_places(to_tree(run.config)) for run in runs}
+    recipes = {id(run): kept.recipe(run.config) for run in runs}
     for number, run in enumerate(runs):
         sibling = next(other for other in runs if other.arm == run.arm)
         if run is not sibling:
-            for key, (a, b) in differing(trees[id(run)], trees[id(sibling)], free).items():
+            for key, (a, b) in differing(recipes[id(run)], recipes[id(sibling)], free).items():
                 yield f"{run.path}: {key}={a!r}, but {sibling.path} of the same arm has {b!r}"
         elif number:
             other_arm = (*free, *schema.ARM_KEYS, "arm", "optim.lr")
-            for key, (a, b) in differing(trees[id(run)], trees[id(runs[0])], other_arm).items():
+            for key, (a, b) in differing(recipes[id(run)], recipes[id(runs[0])], other_arm).items():
                 yield f"{run.path}: {key}={a!r}, but {runs[0].path} has {b!r}, and that is no key of an arm"
 
 
