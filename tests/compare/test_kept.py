@@ -93,9 +93,10 @@ def test_a_kept_file_names_no_place_and_is_the_same_again(tmp_path):
 
 
 def test_places_do_not_keep_runs_of_two_machines_apart(tmp_path):
-    runs = [
-        make_run(tmp_path / arm, arm, overrides=[f"data.corpus={tmp_path}/{arm}/corpus"]) for arm in ("full", "nsa")
-    ]
+    runs = []
+    for arm in ("full", "nsa"):
+        places = ["data=comparison", f"data.root={tmp_path}/{arm}", f"data.corpus={tmp_path}/{arm}/corpus"]
+        runs.append(make_run(tmp_path / arm, arm, overrides=places))
     (file,) = keep(runs[0], out=tmp_path / "kept")
     assert list(Arms.read([file, runs[1]]).runs) == ["full", "nsa"]
 
