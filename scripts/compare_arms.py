@@ -3,15 +3,17 @@
 python scripts/compare_arms.py sweep --arms full nsa --lrs 5e-4 1e-3 2e-3 4e-3 --set experiment=r1 trainer.steps=400
 python scripts/compare_arms.py run --arms full nsa --seeds 0 1 2 --rates runs/r1-lr.json --set experiment=r1
 
-What --set says goes to every run. Ctrl-C or SIGTERM let the runs write checkpoints (exit code 75); the same command
-goes on, and finished runs are not repeated. `sweep` writes <runs_dir>/<experiment>-lr.json: each arm's best learning
-rate by held-out loss, and whether it lies at the edge of those that were tried.
+What --set says goes to every run. Ctrl-C, SIGTERM or the end of --until let the runs write checkpoints (exit code 75);
+the same command goes on. Finished runs are not repeated, nor those that the folder of --keep has a file of. `sweep`
+writes <runs_dir>/<experiment>-lr.json: each arm's best learning rate by held-out loss, and whether it lies at the edge
+of those that were tried.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,16 +21,19 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from statistics import median
+from typing import IO, Any, NamedTuple
 
 from nsa_train import runtime
 from nsa_train.bench import results
+from nsa_train.compare import kept
 from nsa_train.compare.command import main as compare
+from nsa_train.compare.runs import Run
 from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
-from nsa_train.errors import DivergedError, Interrupted, NsaTrainError
+from nsa_train.errors import DivergedError, Interrupted, NsaTrainError, RunFolderError
 from nsa_train.evaluate.command import MAPS, TASKS, misfit
-from nsa_train.train.folder import RunFolder
+from nsa_train.train.folder import FREE_KEYS, RunFolder, differing
 
 POLL_S = 0.2
 PROGRAM = (sys.executable, "-m", "nsa_train")
@@ -36,28 +41,63 @@ PROGRAM = (sys.executable, "-m", "nsa_train")
 
 @dataclass(frozen=True)
 class Job:
-    """A run to train, and what to ask it for afterwards: words of `nsa-train eval`, by task."""
+    """A run to train, and what comes afterwards."""
 
     overrides: tuple[str, ...]
     config: Config
-    evaluations: dict[str, list[str]]
+    evaluations: dict[str, list[str]]  # words of `nsa-train eval`, by task
+    file: Path | None  # that keeps it
 
     @staticmethod
-    def of(name: str, *overrides: str, evaluations: dict[str, list[str]] | None = None) -> Job:
-        """`name` follows the experiment's in the run's. Evaluations that the arm does not fit are left out."""
+    def of(
+        name: str, *overrides: str, evaluations: dict[str, list[str]] | None = None, keep: Path | None = None
+    ) -> Job:
+        """`name` follows the experiment's in the run's. Evaluations that the arm does not fit are left out.
+
+        Raises RunFolderError where the folder `keep` has the run with another configuration.
+        """
         experiment = load_config(overrides).experiment
         words = (*overrides, f"name={experiment}-{name}")
         config = load_config(words)
         asked = {task: ask for task, ask in (evaluations or {}).items() if not misfit(task, config.attention)}
-        return Job(words, config, asked)
+        file = keep and keep / f"{config.name}{kept.SUFFIX}"
+        if file and file.exists():
+            there, now = kept.recipe(Run.read(file).config), kept.recipe(config)
+            lines = [f"  {key}: {a!r} there, {b!r} now" for key, (a, b) in differing(there, now, FREE_KEYS).items()]
+            if lines:
+                raise RunFolderError(
+                    f"{file} keeps a run with another configuration; choose another --keep:\n" + "\n".join(lines)
+                )
+        return Job(words, config, asked, file)
 
     def command(self) -> list[str]:
         """What is to be done next, of `nsa-train`; empty: nothing."""
-        if self.summary.get("status") != "done":
-            return ["train", *self.overrides]
+        if not self.trained:
+            return [] if self.kept else ["train", *self.overrides]
         run = self.config.run_dir
         left = [words for task, words in self.evaluations.items() if not (run / "eval" / f"{task}.json").exists()]
         return ["eval", str(run), *left[0]] if left else []
+
+    def keep(self) -> None:
+        """The run as far as it has come, with the evaluations that there are; says so where it cannot be kept."""
+        try:
+            if self.file and self.trained and Run.read(self.config.run_dir).keep(self.file.parent)[1]:
+                print(f"{self.config.name}: kept in {self.file}", flush=True)
+        except NsaTrainError as error:
+            print(f"{self.config.name}: not kept, {error}", flush=True)
+
+    @property
+    def trained(self) -> bool:
+        return self.summary.get("status") == "done"
+
+    @property
+    def kept(self) -> bool:
+        return self.file is not None and self.file.exists()
+
+    @property
+    def path(self) -> Path:
+        """What is known of the run: its folder, or, where that is not finished, the file that keeps it."""
+        return self.file if self.file and self.kept and not self.trained else self.config.run_dir
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -74,21 +114,33 @@ class Job:
         return self.config.run_dir / "console.log"
 
 
-class Queue:
-    """Trains jobs on the devices of this machine until none is left or a signal says stop."""
+class Running(NamedTuple):
+    job: Job
+    word: str  # train or eval
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+    began: float
 
-    def __init__(self) -> None:
+
+class Queue:
+    """Trains jobs on the devices of this machine until none is left, a signal says stop, or `seconds` have passed."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
         self.devices = _devices()
-        self.running: dict[str | None, tuple[Job, subprocess.Popen[bytes], IO[bytes]]] = {}
+        self.running: dict[str | None, Running] = {}
         self.waiting: list[Job] = []
+        self.took: dict[str, list[float]] = {"train": [], "eval": []}  # seconds of what succeeded
         self.stopped = False
         runtime.share_cores(len(self.devices))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
 
     def train(self, jobs: list[Job]) -> None:
-        """Raises Interrupted after a signal. A run that fails is named, and does not keep the others from running."""
+        """Raises Interrupted when stopped. A run that fails is named, and does not keep the others from running."""
         self.waiting = [job for job in jobs if job.command()]
+        for job in jobs:
+            job.keep()
         print(
             f"{len(jobs) - len(self.waiting)} of {len(jobs)} runs are finished, {len(self.devices)} at a time",
             flush=True,
@@ -100,33 +152,44 @@ class Queue:
                 raise NsaTrainError(f"the corpus could not be prepared (exit code {code}), see above")
         while self.running or (self.waiting and not self.stopped):
             for device in self.devices:
-                if self.waiting and not self.stopped and device not in self.running:
+                if self.waiting and device not in self.running and self._may_start(self.waiting[0].command()[0]):
                     self.running[device] = self._start(self.waiting.pop(0), device)
+            if not self.stopped and (time.monotonic() > self.end or not self.running):  # not: none fits any more
+                self._stop()
             self._collect()
             time.sleep(POLL_S)
         if self.stopped:
             raise Interrupted("stopped, checkpoints written; the same command goes on")
 
-    def _start(self, job: Job, device: str | None) -> tuple[Job, subprocess.Popen[bytes], IO[bytes]]:
+    def _may_start(self, word: str) -> bool:
+        """Whether there is time for what commonly takes so long."""
+        expected = median(self.took[word]) if self.took[word] else 0.0
+        return not self.stopped and time.monotonic() + expected < self.end
+
+    def _start(self, job: Job, device: str | None) -> Running:
         place, words = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}, job.command()
         print(f"{job.config.name}: {words[0]}" + (f" on GPU {device}" if device is not None else ""), flush=True)
         log = job.log.open("ab")
-        return job, subprocess.Popen([*PROGRAM, *words], stdout=log, stderr=log, env=os.environ | place), log
+        process = subprocess.Popen([*PROGRAM, *words], stdout=log, stderr=log, env=os.environ | place)
+        return Running(job, words[0], process, log, time.monotonic())
 
     def _collect(self) -> None:
-        for device, (job, process, log) in list(self.running.items()):
+        for device, (job, word, process, log, began) in list(self.running.items()):
             if process.poll() is not None:
                 log.close()
                 del self.running[device]
                 said = f"held-out loss {job.summary['val_loss_last']}" if not process.returncode else f"see {job.log}"
                 print(f"{job.config.name}: exit code {process.returncode}, {said}", flush=True)
-                if not process.returncode and job.command():
-                    self.waiting.insert(0, job)
+                job.keep()
+                if not process.returncode:
+                    self.took[word].append(time.monotonic() - began)
+                    if job.command():
+                        self.waiting.insert(0, job)
 
-    def _stop(self, number: int, frame: object) -> None:
+    def _stop(self, *signalled: object) -> None:
         self.stopped = True
-        for _, process, _ in self.running.values():
-            process.terminate()
+        for one in self.running.values():
+            one.process.terminate()
 
 
 def _devices() -> list[str | None]:
@@ -181,12 +244,11 @@ def run(queue: Queue, args: argparse.Namespace) -> int:
     for seed in args.seeds:
         for arm in args.arms:
             rate = [f"optim.lr={rates[arm]}"] if rates else []
-            jobs.append(
-                Job.of(f"{arm}-seed{seed}", *args.set, f"attention={arm}", f"seed={seed}", *rate, evaluations=asked)
-            )
+            words = [*args.set, f"attention={arm}", f"seed={seed}", *rate]
+            jobs.append(Job.of(f"{arm}-seed{seed}", *words, evaluations=asked, keep=args.keep))
     queue.train(jobs)
     options = [f"--{key}={getattr(args, key)}" for key in ("name", "gates", "out") if getattr(args, key)]
-    return compare([*(str(job.config.run_dir) for job in jobs), *options])
+    return compare([*(str(job.path) for job in jobs), *options])
 
 
 def _best_rates(path: Path) -> dict[str, float]:
@@ -203,6 +265,8 @@ def main() -> int:
         command = commands.add_parser(name, help=about)
         command.add_argument("--arms", nargs="+", required=True, metavar="ARM", help="options of configs/attention")
         command.add_argument("--set", nargs="+", default=[], metavar="key=value", help="for all runs")
+        about = "stop after so long, as by SIGTERM; what would commonly take longer than is left is not begun"
+        command.add_argument("--until", type=float, default=math.inf, metavar="SECONDS", help=about)
     swept, trained = commands.choices["sweep"], commands.choices["run"]
     swept.add_argument("--lrs", nargs="+", type=float, required=True, metavar="LR")
     trained.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -210,13 +274,15 @@ def main() -> int:
     about = f"of `nsa-train eval`, for every run that it fits: {', '.join(TASKS)}"
     trained.add_argument("--eval", nargs="+", default=[], choices=TASKS, metavar="TASK", help=about)
     trained.add_argument("--lengths", metavar="N,N", help=f"of these tasks, {MAPS} aside")
+    about = "of files that keep runs: those that it has are not trained, and those that end are kept there"
+    trained.add_argument("--keep", type=Path, metavar="FOLDER", help=about)
     trained.add_argument("--name", help="of the report; default: the experiment's")
     trained.add_argument("--gates", type=Path, help="JSON of `nsa-train compare gates`, printed in the report")
     trained.add_argument("--out", type=Path, help="folder of the report")
     args = parser.parse_args()
     runtime.setup_console()
     try:
-        queue = Queue()
+        queue = Queue(args.until)
         return sweep(queue, args.arms, args.lrs, args.set) if args.command == "sweep" else run(queue, args)
     except NsaTrainError as error:
         print(f"error: {error}" if error.exit_code != 75 else str(error), file=sys.stderr)

@@ -1,6 +1,6 @@
 """`nsa-train compare RUN...`: finished runs side by side, into comparison_<name>.json, .md and .png.
 
-`nsa-train compare gates` is what must pass before.
+`nsa-train compare gates` is what must pass before; `nsa-train compare keep` makes a small file of each run.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from nsa_train.compare import gates
 from nsa_train.compare.figure import plot_comparison
 from nsa_train.compare.markdown import markdown
 from nsa_train.compare.report import rows_of
-from nsa_train.compare.runs import Arms
+from nsa_train.compare.runs import Arms, Run
 from nsa_train.config.schema import SAFE_NAME
-from nsa_train.errors import NsaTrainError
+from nsa_train.errors import NsaTrainError, RunFolderError
 
 MAPS = Path("eval", "maps.png")  # in the folder of a run
 
 
 def main(arguments: list[str]) -> int:
-    """Compare and write the report, or run the gates; the exit code."""
+    """Compare and write the report, or run the gates, or keep runs; the exit code."""
     if arguments[:1] == ["gates"]:
         return gates.main(arguments[1:])
+    if arguments[:1] == ["keep"]:
+        return _keep(arguments[1:])
     parser = argparse.ArgumentParser(prog="nsa-train compare", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run, or its kept file")
     parser.add_argument("--name", help="of the report; default: the experiment's")
     parser.add_argument("--gates", type=Path, help="JSON of `nsa-train compare gates`, printed in the report")
     parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of the report")
@@ -49,14 +51,33 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def _keep(arguments: list[str]) -> int:
+    """A file for each run that is finished; raises NsaTrainError with the reasons of those that are not kept."""
+    about = "What `nsa-train compare` reads of finished runs, each as one small file <run>.json.xz."
+    parser = argparse.ArgumentParser(prog="nsa-train compare keep", description=about)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--out", type=Path, default=results.RESULTS / "runs", help="folder of the files")
+    args = parser.parse_args(arguments)
+    problems = []
+    for folder in args.runs:
+        try:
+            path, written = Run.read(folder).keep(args.out)
+            runtime.log.info("%s: %d bytes%s", path, path.stat().st_size, "" if written else ", is already there")
+        except RunFolderError as error:
+            problems.append(str(error))
+    if problems:
+        raise NsaTrainError("these runs are not kept:\n" + "\n".join(f"  {line}" for line in problems))
+    return 0
+
+
 def _copied_maps(arms: Arms, report: Path) -> list[dict[str, Any]]:
     """Attention maps of each arm's first run that has any, copied beside the report: a row for each."""
     rows: list[dict[str, Any]] = []
     for runs in arms.runs.values():
-        for run in [run for run in runs if (run.folder / MAPS).is_file()][:1]:
+        for run in [run for run in runs if (run.path / MAPS).is_file()][:1]:
             copy = report.with_name(f"{report.stem}_maps_{run.arm}.png")
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(run.folder / MAPS, copy)
+            shutil.copyfile(run.path / MAPS, copy)
             rows.append({"what": "maps", "arm": run.arm, "seed": run.seed, "figure": copy.name})
     return rows
 

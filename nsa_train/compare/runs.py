@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from nsa_train.compare import kept
 from nsa_train.config import schema
-from nsa_train.config.load import to_tree
 from nsa_train.data.stages import stages_of
 from nsa_train.errors import NsaTrainError, RunFolderError
 from nsa_train.plan.flops import training_flops
@@ -27,18 +27,29 @@ PROOFS = ("corpus", "rows_fingerprint", "initial_weights_sha256")  # of the mani
 
 @dataclass(frozen=True)
 class Run:
-    """One arm with one seed: what a finished run folder says, checkpoints aside."""
+    """One arm with one seed: what a finished run folder says, checkpoints aside.
 
-    folder: Path
+    path         its folder, or the file that keeps it
+    rows         of metrics.jsonl
+    evaluations  what `nsa-train eval` has found out about the run: a `summary` (of blocks: a `selection`) of each task
+                 and length, and its parts
+    """
+
+    path: Path
     config: schema.Config
     manifest: dict[str, Any]
     summary: dict[str, Any]
-    rows: list[dict[str, Any]]  # of metrics.jsonl
+    rows: list[dict[str, Any]]
     heldout: HeldOut
+    evaluations: list[dict[str, Any]]
 
     @staticmethod
-    def read(folder: Path) -> Run:
+    def read(path: Path) -> Run:
         """Raises RunFolderError where there is no run, or an unfinished one."""
+        return Run(path, **kept.load(path)) if path.is_file() else Run._of_folder(path)
+
+    @staticmethod
+    def _of_folder(folder: Path) -> Run:
         summary = _json(folder / "summary.json")
         if summary.get("status") != "done":
             steps = f", {summary['steps']} steps taken" if "steps" in summary else ""
@@ -46,7 +57,13 @@ class Run:
         config, manifest, rows = read_config(folder), _json(folder / "manifest.json"), read_metrics(folder / METRICS)
         if missing := [key for key in PROOFS if key not in manifest]:
             raise RunFolderError(f"{folder / 'manifest.json'}: says nothing of {', '.join(missing)}; train again")
-        return Run(folder, config, manifest, summary, rows, HeldOut.load(folder / HELDOUT))
+        evaluations = [row for path in sorted((folder / "eval").glob("*.json")) for row in _json(path).get("rows", [])]
+        return Run(folder, config, manifest, summary, rows, HeldOut.load(folder / HELDOUT), evaluations)
+
+    def keep(self, folder: Path) -> tuple[Path, bool]:
+        """The file in `folder` that keeps the run, and whether it had to be written. Raises as `kept.save`."""
+        path = folder / f"{self.config.name}{kept.SUFFIX}"
+        return path, kept.save(path, {key: getattr(self, key) for key in kept.PARTS})
 
     @property
     def arm(self) -> str:
@@ -69,12 +86,6 @@ class Run:
     def curve(self) -> list[tuple[int, float]]:
         """(tokens, held-out loss) of each validation."""
         return [(row["tokens"], row["loss"]) for row in self.of("val") if row["loss"] is not None]
-
-    @cached_property
-    def evaluations(self) -> list[dict[str, Any]]:
-        """What `nsa-train eval` has found out about the run: a `summary` (of blocks: a `selection`) of each task and
-        length, and its parts."""
-        return [row for path in sorted((self.folder / "eval").glob("*.json")) for row in _json(path).get("rows", [])]
 
     @property
     def tokens_per_s(self) -> float:
@@ -125,12 +136,12 @@ class Arms:
     runs: dict[str, tuple[Run, ...]]
 
     @staticmethod
-    def read(folders: Sequence[Path]) -> Arms:
+    def read(paths: Sequence[Path]) -> Arms:
         """Raises NsaTrainError with everything that keeps these runs from being compared."""
         found, problems = [], []
-        for folder in folders:
+        for path in paths:
             try:
-                found.append(Run.read(folder))
+                found.append(Run.read(path))
             except RunFolderError as error:
                 problems.append(str(error))
         if not problems:
@@ -175,21 +186,22 @@ def _one_corpus(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs[1:]:
         ours, theirs = run.manifest["corpus"]["hash"], first.manifest["corpus"]["hash"]
         if ours != theirs:
-            yield f"{run.folder}: corpus {ours[:12]}, but {first.folder} read {theirs[:12]}"
+            yield f"{run.path}: corpus {ours[:12]}, but {first.path} read {theirs[:12]}"
 
 
 def _one_recipe(runs: Sequence[Run]) -> Iterator[str]:
     """Configurations differ in the arm, its learning rate and the seed; those of one arm in the seed only."""
     free = (*FREE_KEYS, "name", "seed")
+    recipes = {id(run): kept.recipe(run.config) for run in runs}
     for number, run in enumerate(runs):
         sibling = next(other for other in runs if other.arm == run.arm)
         if run is not sibling:
-            for key, (a, b) in differing(to_tree(run.config), to_tree(sibling.config), free).items():
-                yield f"{run.folder}: {key}={a!r}, but {sibling.folder} of the same arm has {b!r}"
+            for key, (a, b) in differing(recipes[id(run)], recipes[id(sibling)], free).items():
+                yield f"{run.path}: {key}={a!r}, but {sibling.path} of the same arm has {b!r}"
         elif number:
             other_arm = (*free, *schema.ARM_KEYS, "arm", "optim.lr")
-            for key, (a, b) in differing(to_tree(run.config), to_tree(runs[0].config), other_arm).items():
-                yield f"{run.folder}: {key}={a!r}, but {runs[0].folder} has {b!r}, and that is no key of an arm"
+            for key, (a, b) in differing(recipes[id(run)], recipes[id(runs[0])], other_arm).items():
+                yield f"{run.path}: {key}={a!r}, but {runs[0].path} has {b!r}, and that is no key of an arm"
 
 
 def _paired_seeds(runs: Sequence[Run]) -> Iterator[str]:
@@ -197,11 +209,11 @@ def _paired_seeds(runs: Sequence[Run]) -> Iterator[str]:
     seen: dict[tuple[str, int], Run] = {}
     for run in runs:
         if (run.arm, run.seed) in seen:
-            yield f"{run.folder}: {run.arm} with seed {run.seed} is already there: {seen[run.arm, run.seed].folder}"
+            yield f"{run.path}: {run.arm} with seed {run.seed} is already there: {seen[run.arm, run.seed].path}"
         seen[run.arm, run.seed] = run
     baseline = _baseline(runs)
     yield from (
-        f"{run.folder}: {run.arm} with seed {run.seed} has no partner, {baseline} with that seed"
+        f"{run.path}: {run.arm} with seed {run.seed} has no partner, {baseline} with that seed"
         for run in runs
         if (baseline, run.seed) not in seen
     )
@@ -216,16 +228,16 @@ def _same_rows_and_weights(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
         other, known = first.setdefault(run.seed, run), weights.setdefault(run.seed, {})
         if run.manifest["rows_fingerprint"] != other.manifest["rows_fingerprint"]:
-            yield f"{run.folder}: other rows in another order than {other.folder}, though both have seed {run.seed}"
+            yield f"{run.path}: other rows in another order than {other.path}, though both have seed {run.seed}"
         ours = run.manifest["initial_weights_sha256"]
         unlike = [name for name in ours.keys() & known.keys() if ours[name] != known[name]]
         if unlike or (known and not ours.keys() & known.keys()):
             what = f"{len(unlike)} parameters such as {min(unlike)}" if unlike else "no parameter in common"
-            yield f"{run.folder}: starts from other weights than runs of the same seed such as {other.folder}: {what}"
+            yield f"{run.path}: starts from other weights than runs of the same seed such as {other.path}: {what}"
         weights[run.seed] = ours | known
         a, b = run.heldout, other.heldout
         if not (np.array_equal(a.document, b.document) and np.array_equal(a.position[..., 1], b.position[..., 1])):
-            yield f"{run.folder}: its held-out losses are of other rows than those of {other.folder}"
+            yield f"{run.path}: its held-out losses are of other rows than those of {other.path}"
 
 
 CHECKS: tuple[Callable[[Sequence[Run]], Iterator[str]], ...] = (

@@ -105,15 +105,22 @@ class RunFolder:
 
 
 def read_config(folder: Path) -> schema.Config:
-    """The configuration of a run, of an older version too: keys that came later have the value of its recipe today.
+    """The configuration of a run. Raises as `complete_config`."""
+    path = folder / "config.yaml"
+    try:
+        return complete_config(yaml.safe_load(path.read_text()), path)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunFolderError(f"{path}: cannot be read ({error}); name the folder of a run") from error
+
+
+def complete_config(tree: Any, path: Path) -> schema.Config:
+    """A configuration from `path`, of an older version too: keys that came later have the value of its recipe today.
 
     Raises RunFolderError where there is none, ConfigError where it is no legal one.
     """
-    path = folder / "config.yaml"
     try:
-        tree = yaml.safe_load(path.read_text())
         recipe = [f"experiment={tree['experiment']}", f"attention={tree['arm']}"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
+    except (TypeError, KeyError) as error:
         raise RunFolderError(f"{path}: cannot be read ({error}); name the folder of a run") from error
     for name, today in to_tree(load_config(recipe)).items():
         before = tree.get(name, today)

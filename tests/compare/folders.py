@@ -8,7 +8,7 @@ from nsa_train.config.load import load_config, to_yaml
 from nsa_train.train.heldout import HeldOut
 
 DOCUMENTS = 40
-LABELS = np.random.default_rng(1).integers(20, 200, (DOCUMENTS, 3))  # by position bucket of rows of 512
+LABELS = 4 * np.random.default_rng(1).integers(5, 50, (DOCUMENTS, 3))  # by position bucket of rows of 512
 WEIGHTS = {"embed.weight [8, 4]": "a", "head.weight [8, 4]": "b"}
 
 

@@ -1,11 +1,20 @@
 """The script that trains the arms of a comparison picks learning rates from runs that are there."""
 
+import importlib.util
 import json
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 from folders import make_run
+
+from nsa_train.cli import main
+from nsa_train.compare.runs import Run
+from nsa_train.errors import Interrupted
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "compare_arms.py"
 
@@ -79,3 +88,71 @@ def test_rates_of_a_sweep_must_name_the_arm(tmp_path):
     done = start(*words)
     assert done.returncode == 2
     assert "no learning rate for nsa; sweep these arms too" in done.stderr
+
+
+def test_runs_are_kept_with_their_answers_and_not_repeated_where_only_the_files_are(tmp_path):
+    runs = [make_run(tmp_path, arm, overrides=[f"name=tiny-{arm}-seed0", *SWEEP]) for arm in ("full", "nsa")]
+    (runs[1] / "eval").mkdir()
+    (runs[1] / "eval" / "needle.json").write_text('{"rows": [{"what": "cell"}]}')
+    kept, words = tmp_path / "kept", ["run", "--arms", "full", "nsa", "--keep", tmp_path / "kept"]
+    words += ["--set", *SWEEP, f"runs_dir={tmp_path}"]
+    done = start(*words, "--out", tmp_path / "first")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(": kept in ") == 2
+    assert Run.read(kept / "tiny-nsa-seed0.json.xz").evaluations == [{"what": "cell"}]
+    for run in runs:
+        shutil.rmtree(run)
+    done = start(*words, "--eval", "needle", "--out", tmp_path / "again")
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 runs are finished" in done.stdout
+    one, other = (json.loads((tmp_path / out / "comparison_tiny.json").read_text()) for out in ("first", "again"))
+    assert [row["what"] for row in one["rows"]] == [row["what"] for row in other["rows"]]
+    done = start(*words, "trainer.steps=7")
+    assert done.returncode == 2
+    assert "keeps a run with another configuration; choose another --keep:\n  trainer.steps: 6 there, 7" in done.stderr
+
+
+def test_a_file_of_another_run_is_left_and_told(tmp_path):
+    runs = [make_run(tmp_path, arm, overrides=[f"name=tiny-{arm}-seed0", *SWEEP]) for arm in ("full", "nsa")]
+    assert main(["compare", "keep", *map(str, runs), "--out", str(tmp_path / "kept")]) == 0
+    make_run(tmp_path, "nsa", gain=1.0, overrides=["name=tiny-nsa-seed0", *SWEEP])
+    words = ["--keep", tmp_path / "kept", "--out", tmp_path / "out", "--set", *SWEEP, f"runs_dir={tmp_path}"]
+    done = start("run", "--arms", "full", "nsa", *words)
+    assert done.returncode == 0, done.stderr
+    assert "tiny-nsa-seed0: not kept, " in done.stdout
+    assert Run.read(tmp_path / "kept" / "tiny-nsa-seed0.json.xz").loss > 4.5
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The script as a module. What it starts waits for a signal, and it leaves those of the tests alone."""
+    spec = importlib.util.spec_from_file_location("compare_arms", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "compare_arms", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "PROGRAM", (sys.executable, "-c", "import time; time.sleep(100)"))
+    monkeypatch.setattr(module.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(module, "_devices", lambda: [None])
+    return module
+
+
+@pytest.mark.parametrize(("seconds", "took", "started"), [(1.0, [], 1), (50.0, [10.0, 60.0, 70.0], 0), (0.0, [], 0)])
+def test_after_its_time_the_queue_stops_runs_and_begins_none_that_takes_longer(
+    seconds, took, started, script, tmp_path, capsys
+):
+    job = SimpleNamespace(
+        config=SimpleNamespace(name="one"), log=tmp_path / "log", command=lambda: ["eval"], keep=lambda: None
+    )
+    queue, began = script.Queue(seconds), time.monotonic()
+    queue.took["eval"] = took
+    with pytest.raises(Interrupted):
+        queue.train([job, job])
+    assert time.monotonic() - began < 30
+    assert capsys.readouterr().out.count("one: eval\n") == started
+
+
+def test_what_fits_into_the_time_left_is_begun(script):
+    queue = script.Queue(50.0)
+    queue.took = {"train": [60.0], "eval": [10.0, 20.0, 90.0]}
+    assert queue._may_start("eval")
+    assert not queue._may_start("train")

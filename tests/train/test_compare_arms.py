@@ -1,6 +1,7 @@
-"""A comparison small enough for a CPU: its script is stopped, gone on with, and writes the report."""
+"""A comparison small enough for a CPU: its script is stopped, gone on with elsewhere, and writes the report."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def ended(process, code):
 @pytest.mark.process
 def test_two_arms_with_two_seeds_are_stopped_gone_on_with_and_compared(corpus, tmp_path):
     words = ["run", "--arms", "full", "nsa", "--seeds", 0, 1, "--name", "ci", "--out", tmp_path / "out"]
-    words += ["--set", *SMALL, *corpus, f"runs_dir={tmp_path}"]
+    words += ["--keep", tmp_path / "kept", "--set", *SMALL, *corpus, f"runs_dir={tmp_path}"]
     runs = {(arm, seed): tmp_path / f"tiny-{arm}-seed{seed}" for seed in (0, 1) for arm in ("full", "nsa")}
     first = start(words)
     wait_until(lambda: has_step(runs["nsa", 0], 1))
@@ -35,11 +36,15 @@ def test_two_arms_with_two_seeds_are_stopped_gone_on_with_and_compared(corpus, t
     assert summary(runs["full", 0])["status"] == "done"
     assert summary(runs["nsa", 0])["status"] == "interrupted"
     assert not runs["full", 1].exists() or not (runs["full", 1] / "summary.json").exists()
-    before = (runs["full", 0] / "summary.json").read_bytes()
+    (file,) = (tmp_path / "kept").iterdir()
+    before = file.read_bytes()
+    shutil.rmtree(runs["full", 0])
     said = ended(start(words), 0)
     assert "1 of 4 runs are finished, 1 at a time" in said
-    assert (runs["full", 0] / "summary.json").read_bytes() == before
-    assert [summary(run)["status"] for run in runs.values()] == ["done"] * 4
+    assert file.read_bytes() == before
+    assert not (runs.pop(("full", 0)) / "summary.json").exists()
+    assert [summary(run)["status"] for run in runs.values()] == ["done"] * 3
+    assert len(list((tmp_path / "kept").iterdir())) == 4
     rows = json.loads((tmp_path / "out" / "comparison_ci.json").read_text())["rows"]
     assert [(row["arm"], row["seed"]) for row in rows if row["what"] == "run"] == [
         ("full", 0), ("full", 1), ("nsa", 0), ("nsa", 1),

@@ -1,0 +1,121 @@
+"""A finished run as one small file, <run>.json.xz: all that a comparison reads of its folder, but for images.
+
+schema       nsa-train/run/1
+config       of config.yaml; absolute paths are reduced to their last part
+manifest     of manifest.json
+summary      of summary.json
+rows         of metrics.jsonl, figures rounded
+heldout      arrays of heldout.npz as lists; of `position` and `recall` losses, rounded, and labels: [2, N, buckets]
+evaluations  rows of eval/*.json, figures rounded
+
+Rounded is to DIGITS significant digits, of a loss of 5 nats per token 0.000005. A file says neither when nor where it
+was written: one run gives the same file again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import lzma
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nsa_train.config import schema
+from nsa_train.config.load import to_tree
+from nsa_train.errors import RunFolderError, StorageError
+from nsa_train.train.folder import complete_config
+from nsa_train.train.heldout import HeldOut
+
+SCHEMA, SUFFIX = "nsa-train/run/1", ".json.xz"
+DIGITS = 6
+PARTS = ("config", "manifest", "summary", "rows", "heldout", "evaluations")
+ROUNDED = ("rows", "evaluations")
+SUMS = ("position", "recall")  # of HeldOut: [N, buckets, 2]
+
+
+def save(path: Path, parts: dict[str, Any]) -> bool:
+    """Write PARTS of a run, which are those of `Run`; False: they are there already.
+
+    Evaluations may be added to a file that is there. Raises RunFolderError where it holds anything else, StorageError
+    where it cannot be written.
+    """
+    plain = {"schema": SCHEMA, **parts, "config": _without_places(to_tree(parts["config"]))}
+    plain |= {"heldout": _lists(parts["heldout"]), **{key: _rounded(parts[key]) for key in ROUNDED}}
+    text = json.dumps(plain, separators=(",", ":"))
+    if path.exists():
+        before, now = _read(path), json.loads(text)
+        if before == now:
+            return False
+        told, known = before.pop("evaluations", []), now.pop("evaluations")
+        if before != now or any(row not in known for row in told):
+            raise RunFolderError(f"{path}: keeps another run of that name; choose another folder, or delete the file")
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
+        os.replace(aside, path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error}); choose another folder") from error
+    return True
+
+
+def load(path: Path) -> dict[str, Any]:
+    """PARTS of a run. Raises RunFolderError, or ConfigError where the configuration is no legal one."""
+    found = _read(path)
+    try:
+        parts = {key: found[key] for key in PARTS}
+        return parts | {"config": complete_config(parts["config"], path), "heldout": _arrays(parts["heldout"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunFolderError(f"{path}: something is missing ({error}); keep the run again") from error
+
+
+def recipe(config: schema.Config) -> dict[str, Any]:
+    """What of a configuration runs on any machine share: no absolute paths, nor where sources lie."""
+    tree = _without_places(to_tree(config))
+    for source in tree["data"]["sources"].values():
+        del source["root"]
+    return tree
+
+
+def _without_places(tree: Any) -> Any:
+    """Plain data with absolute paths reduced to their last part."""
+    if isinstance(tree, dict):
+        return {key: _without_places(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_without_places(value) for value in tree]
+    return Path(tree).name if isinstance(tree, str) and tree.startswith("/") else tree
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(lzma.decompress(path.read_bytes()))
+    except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
+        raise RunFolderError(f"{path}: cannot be read ({error}); name files of `nsa-train compare keep`") from error
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise RunFolderError(f"{path}: holds no {SCHEMA}; name files of `nsa-train compare keep`")
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def _lists(heldout: HeldOut) -> dict[str, Any]:
+    lists = {name: array.tolist() for name, array in dataclasses.asdict(heldout).items()}
+    for name in SUMS:
+        loss, labels = np.moveaxis(getattr(heldout, name), -1, 0)
+        lists[name] = [_rounded(loss.tolist()), labels.astype(np.int64).tolist()]
+    return lists
+
+
+def _arrays(lists: dict[str, Any]) -> HeldOut:
+    arrays = {name: np.array(values) for name, values in lists.items()}
+    sums = {name: np.moveaxis(arrays[name], 0, -1).astype(np.float64) for name in SUMS}
+    return HeldOut(**{**arrays, **sums, "source": arrays["source"].astype(np.int32)})
