@@ -138,9 +138,9 @@ class Engine:
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
-        if hasattr(self._zero, "check_overflow"):  # stages 1 and 2
-            # The norm that follows tells a non-finite gradient as well; this would ask for every parameter by itself.
-            self._zero.check_overflow = lambda partition_gradients=True: None
+        # The norm that follows tells a non-finite gradient as well; this would ask for every parameter by itself.
+        # At stage 3 DeepSpeed relies on the norm, too.
+        self._zero.check_overflow = lambda partition_gradients=True: None
         self.module: Any = model
         self.accumulation: int = settings["gradient_accumulation_steps"]
         self._weights_sharded: bool = settings["zero_optimization"]["stage"] == 3
