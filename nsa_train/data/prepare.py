@@ -50,8 +50,8 @@ def prepare(data: DataConfig, vocab: int, progress: Callable[[str], None]) -> Pa
     """
     if data.corpus:
         folder = Path(data.corpus)
-        if (found := read_manifest(folder)["vocab"]) != vocab:
-            raise DataError(f"data.corpus={folder}: its tokenizer has {found} pieces, the model {vocab} (model.vocab)")
+        if (found := read_manifest(folder)["vocab"]) > vocab:
+            raise DataError(f"data.corpus={folder}: its tokenizer has {found} pieces; set model.vocab={found}, or more")
         return folder
     base = Path(data.prepared_dir)
     folder = base / f"{data.name}-{_key(data, vocab)}"

@@ -259,6 +259,6 @@ def test_a_corpus_prepared_elsewhere_needs_no_sources(prepared, tmp_path):
     moved = shutil.copytree(folder, tmp_path / "moved")
     there = dataclasses.replace(data, corpus=str(moved), root=str(tmp_path / "nowhere"), prepared_dir="nowhere")
     vocab = json.loads((moved / "manifest.json").read_text())["vocab"]
-    assert prepare(there, vocab, quiet) == moved
-    with pytest.raises(DataError, match=f"has {vocab} pieces, the model 999"):
-        prepare(there, 999, quiet)
+    assert prepare(there, vocab, quiet) == prepare(there, vocab + 1, quiet) == moved
+    with pytest.raises(DataError, match=f"has {vocab} pieces; set model.vocab={vocab}"):
+        prepare(there, vocab - 1, quiet)
