@@ -92,7 +92,7 @@ FAULTS = (
     Fault("combine", "a gate of 0 leaves the log-sum-exp as it is", 'tl.where(gate > 0, gate, 1.0)), float("inf"))', "tl.where(gate > 0, gate, 1.0)), own)", ("combine", WHOLE)),
     Fault("combine", "dgates differ from run to run", "return dgates, delta, lse_gated", "return dgates + 1e-5 * torch.rand_like(dgates), delta, lse_gated", ("combine",)),
     Fault("nsa_triton", "given blocks are not used", "if blocks is None:\n        blocks = part", "if True:\n        blocks = part", (WHOLE,)),
-    Fault("nsa_triton", "rows behind the last compressed key are read", "return k.masked_fill(behind, 0), v.masked_fill(behind, 0)", "return k, v + v[-1:].mean()", (WHOLE,)),
+    Fault("nsa_triton", "rows behind the last compressed key are read", "documents.used_rows(k_cmp), documents.used_rows(v_cmp)", "k_cmp, v_cmp + v_cmp[-1:].mean()", (WHOLE,)),
     Fault("nsa_triton", "what is recomputed differs", "out = combine.forward(gates, o_cmp, o_slc, o_win)", "out = combine.forward(gates, o_cmp, o_slc, o_win) + 1e-6 * torch.rand(1)", (WHOLE,)),
 )  # fmt: skip
 
