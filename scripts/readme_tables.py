@@ -93,10 +93,15 @@ def training() -> str:
         for row in result["rows"]:
             again = "yes" if row["checkpointing"] else "no"
             planned = need(load_config(settings_of(row)), row["gpus"]).total / GIB
-            lines.append(
+            start = (
                 f"| {row['gpus']} x {result['device']['name']} | `{row['preset']}` | `{row['attention']}` | "
                 f"{row['T'] // 1024}k | {row['T'] * row['micro_batch'] // 1024}k | {again} | "
-                f"{row['tokens_per_s']:,.0f} | {row['mfu_executed']:.1%} | {row['mfu_dense']:.1%} | "
+            )
+            if "error" in row:
+                lines.append(f"{start}failed | | | | {planned:.1f} | {row['commit'][:7]} |")
+                continue
+            lines.append(
+                f"{start}{row['tokens_per_s']:,.0f} | {row['mfu_executed']:.1%} | {row['mfu_dense']:.1%} | "
                 f"{row['peak_gib']:.1f} | {planned:.1f} | {row['commit'][:7]} |"
             )
     return "\n".join(lines)
@@ -108,10 +113,11 @@ def moe() -> str:
     for path in sorted(RESULTS.glob("moe_*.json")):
         result = json.loads(path.read_text())
         for row in result["rows"]:
-            lines.append(
-                f"| {result['device']['name']} | {row['impl']} | {row['load']} | {row['ms']:.1f} | "
-                f"{row['peak_gib']:.1f} | {row['rel_err']:.1e} |"
-            )
+            start = f"| {result['device']['name']} | {row['impl']} | {row['load']} | "
+            if "error" in row:
+                lines.append(f"{start}failed | | |")
+                continue
+            lines.append(f"{start}{row['ms']:.1f} | {row['peak_gib']:.1f} | {row['rel_err']:.1e} |")
     return "\n".join(lines)
 
 

@@ -16,15 +16,13 @@ import torch
 
 from nsa_train import runtime
 from nsa_train.bench import results
-from nsa_train.bench.runs import train_run
+from nsa_train.bench.runs import MEASURED_ONLY, RECOMPUTED, parse_on_gpus, train_run
 from nsa_train.config.load import load_config
-from nsa_train.errors import NsaTrainError
 from nsa_train.plan.advice import GIB, need
 
 Case = tuple[str, str, int, int, tuple[str, ...]]  # preset, arm, T, rows of a forward pass, overrides
 
 STEPS, MICRO_BATCHES = 3, 2
-RECOMPUTED = "trainer.activation_checkpointing=true"
 # ZeRO 1 takes fp32 only: it would sum gradients in bf16.
 CASES: tuple[Case, ...] = (
     ("r1", "nsa", 8192, 8, ()),
@@ -43,8 +41,7 @@ def overrides_of(preset: str, arm: str, T: int, micro_rows: int, gpus: int, rest
     return [
         f"experiment={preset}", f"attention={arm}", f"trainer.seq_len={T}", f"trainer.micro_rows={micro_rows}",
         f"trainer.batch_rows={micro_rows * MICRO_BATCHES * gpus}", f"trainer.steps={STEPS}", "trainer.log_every=1",
-        f"trainer.val_every={STEPS}", "trainer.checkpoint_every=0", "trainer.val_rows=1",
-        "trainer.export=false", "logging.wandb=disabled", *rest,
+        f"trainer.val_every={STEPS}", *MEASURED_ONLY, *rest,
     ]  # fmt: skip
 
 
@@ -91,14 +88,7 @@ def main(arguments: list[str]) -> int:
     """Run the benchmark and write <out>/memory_<gpu>.json; the exit code."""
     parser = argparse.ArgumentParser(prog="nsa-train bench memory", description=__doc__)
     parser.add_argument("--presets", nargs="+", default=["r1", "r2", "m"])
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of the JSON")
-    parser.add_argument("--commit", help="source commit, where the tree is no git checkout")
-    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="for all runs")
-    args = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        raise NsaTrainError("bench memory: no CUDA device here; it measures memory of GPUs")
-    runtime.share_cores(args.gpus)
+    args = parse_on_gpus(parser, arguments, "memory of GPUs")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for case in (case for case in CASES if case[0] in args.presets):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -10,7 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from nsa_train import runtime
+from nsa_train.bench import results
+from nsa_train.errors import NsaTrainError
 from nsa_train.train.metrics import METRICS, read_metrics
+
+MEASURED_ONLY = (  # what a run leaves out that nobody goes on with
+    "trainer.checkpoint_every=0", "trainer.val_rows=1", "trainer.export=false", "logging.wandb=disabled",
+)  # fmt: skip
+RECOMPUTED = "trainer.activation_checkpointing=true"
 
 
 @dataclass(frozen=True)
@@ -43,3 +54,17 @@ def train_run(folder: Path, overrides: list[str], processes: int | None = None, 
         return Run(seconds, f"exit code {done.returncode}{said}", [], {})
     logged = [row for row in read_metrics(folder / METRICS) if row["split"] == "train"]
     return Run(seconds, None, logged, json.loads((folder / "summary.json").read_text()))
+
+
+def parse_on_gpus(parser: argparse.ArgumentParser, arguments: list[str], measures: str) -> argparse.Namespace:
+    """With the options that benchmarks of runs on GPUs share. Raises NsaTrainError where there is no GPU."""
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of the JSON")
+    parser.add_argument("--commit", help="source commit, where the tree is no git checkout")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="for all runs")
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        bench = parser.prog.removeprefix("nsa-train ")
+        raise NsaTrainError(f"{bench}: no CUDA device here; it measures {measures}")
+    runtime.share_cores(args.gpus)
+    return args

@@ -20,18 +20,16 @@ import torch
 
 from nsa_train import runtime
 from nsa_train.bench import results
-from nsa_train.bench.runs import train_run
+from nsa_train.bench.runs import MEASURED_ONLY, RECOMPUTED, parse_on_gpus, train_run
 from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
 from nsa_train.data.stages import largest_divisor
-from nsa_train.errors import NsaTrainError
 from nsa_train.plan.advice import need, room
 from nsa_train.plan.flops import training_flops
 from nsa_train.plan.speed import GPUS, kind_of
 
 LOG_EVERY = 5  # steps that a speed is a mean over
 PROFILE = ("profile=trace", "profile.skip=6", "profile.steps=1")
-RECOMPUTED = "trainer.activation_checkpointing=true"
 KEY = ("preset", "attention", "T", "gpus", "zero", "micro_batch", "batch_rows", "checkpointing")  # of a row
 PROFILED = 10  # steps after which start-up, compilation and profile are over
 
@@ -43,8 +41,7 @@ def overrides_of(preset: str, arm: str, T: int, steps: int, gpus: int, rest: lis
     words = [
         *own, f"trainer.seq_len={T}", f"trainer.micro_rows={max(1, micro_rows)}",
         f"trainer.batch_rows={max(gpus, batch_rows)}", f"trainer.steps={steps}", f"trainer.log_every={LOG_EVERY}",
-        f"trainer.val_every={steps}", "trainer.checkpoint_every=0", "trainer.val_rows=1",
-        "trainer.export=false", "logging.wandb=disabled", *PROFILE,
+        f"trainer.val_every={steps}", *MEASURED_ONLY, *PROFILE,
     ]  # fmt: skip
     kind = kind_of(torch.cuda.get_device_name())
     fits = kind is None or need(load_config(words), gpus).total <= room(GPUS[kind])
@@ -105,14 +102,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--arms", nargs="+", default=["nsa", "full"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192], metavar="T")
     parser.add_argument("--steps", type=int, default=45, help=f"of each run, more than {PROFILED + LOG_EVERY}")
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of the JSON")
-    parser.add_argument("--commit", help="source commit, where the tree is no git checkout")
-    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="for all runs")
-    args = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        raise NsaTrainError("bench training: no CUDA device here; it measures training on GPUs")
-    runtime.share_cores(args.gpus)
+    args = parse_on_gpus(parser, arguments, "training on GPUs")
     rows: list[dict[str, Any]] = []
     name = f"training_{results.gpu_label()}"
     source = {"command": results.command_line(), "commit": args.commit or runtime.git_commit()}

@@ -31,13 +31,8 @@ from nsa_train.errors import DataError, Interrupted, StorageError
 WAIT_S = 0.2
 MOST_WORKERS = 16  # unless more are asked for: one process reads for all of them, 50 to 150 MB/s
 SAMPLE_SEED = 0  # of the tokenizer's lines: runs of different seeds share one corpus
-NOT_IN_KEY = (
-    "corpus",
-    "prepared_dir",
-    "workers",
-    "mixture",
-    *PACKING_KEYS,
-)  # where, how fast, and the loader's part
+# Where, how fast, and what the loader does.
+NOT_IN_KEY = ("corpus", "prepared_dir", "workers", "mixture", *PACKING_KEYS)
 
 
 def prepare(data: DataConfig, vocab: int, progress: Callable[[str], None]) -> Path:

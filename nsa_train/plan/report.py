@@ -96,9 +96,7 @@ def _speed(config: Config, kind: str, counts: Sequence[int]) -> str:
         lines.append(_row("tokens/s", [f"{tokens / total:,.0f}" for total in totals]))
     run = [_duration(run_seconds(config, kind, ranks)) for ranks in counts]
     lines.append(_row(f"{config.trainer.steps * tokens / 1e9:,.3f} B tokens take", run))
-    return "\n".join(
-        [*lines, "  (measured shares of the peak; links between GPUs at their peak; no wait for the host)"]
-    )
+    return "\n".join([*lines, "  (measured shares of the peak; no wait for the host)"])
 
 
 def _duration(seconds: float) -> str:
