@@ -23,6 +23,7 @@ from nsa_train import runtime
 from nsa_train.config import schema
 from nsa_train.config.deepspeed_keys import merged
 from nsa_train.errors import NsaTrainError
+from nsa_train.parallel import one_rank
 
 T = TypeVar("T")
 BUCKET_ELEMENTS = 200_000_000  # that are reduced or gathered at once
@@ -141,6 +142,8 @@ class Engine:
         # The norm that follows tells a non-finite gradient as well; this would ask for every parameter by itself.
         # At stage 3 DeepSpeed relies on the norm, too.
         self._zero.check_overflow = lambda partition_gradients=True: None
+        if dist.get_world_size() == 1 and settings["zero_optimization"]["stage"] == 2:
+            one_rank.add_gradients_at_once(self._zero)
         self.module: Any = model
         self.accumulation: int = settings["gradient_accumulation_steps"]
         self._weights_sharded: bool = settings["zero_optimization"]["stage"] == 3

@@ -115,11 +115,17 @@ def step_bytes(config: Config, ranks: int) -> dict[str, float]:
         # gradient, and fp32 weights and two moments read and written; weights
         "optimizer": parameters / ranks * (4 + 6 * 4 + width),
         # each micro-batch adds its gradients to a sum in fp32
-        "other": micro_batches * parameters * (width + 2 * 4),
+        "other": micro_batches * parameters * (width + 2 * 4 if ranks == 1 else _bucket_bytes(width, ranks)),
     }
     if len(a.branches) > 1:  # forward reads the branches' outputs and writes one, backward reads four
         found["attention, gates"] = tokens * m.layers * m.heads * m.value_dim * width * (8 + 4 * again)
     return found
+
+
+def _bucket_bytes(width: int, ranks: int) -> float:
+    """Read and written of a gradient's element on its way to the sum of its rank, as DeepSpeed's ZeRO 2 does it."""
+    sent = 3 * 2 * width + 2 * (width + 4)  # into the bucket, divided, flattened; to fp32 and back
+    return sent + (3 * 4 + 4 + width) / ranks  # added in fp32 and copied back by the rank that keeps it
 
 
 def sent_bytes(config: Config, ranks: int) -> float:
