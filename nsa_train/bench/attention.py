@@ -27,7 +27,7 @@ from nsa_train.bench.trained import TrainedBlocks
 from nsa_train.errors import NsaTrainError
 from nsa_train.model.branches import PHI
 from nsa_train.model.layers import apply_rope, rope_angles
-from nsa_train.ops import combine
+from nsa_train.ops import combine, flash4
 from nsa_train.ops.dense import dense_attention
 from nsa_train.ops.documents import Documents
 from nsa_train.ops.nsa import NSASpec, nsa_attention
@@ -39,7 +39,7 @@ SPEC = NSASpec()  # the paper's sizes
 CHECKED_QUERIES = 48
 MADE = ("local", "random")  # kinds of `index_set`
 TRAINED = "trained"
-DENSE = ("cudnn", "flash", "varlen")
+DENSE = ("flash4", "cudnn", "flash", "varlen")
 Key = tuple[str, str, str]  # impl, part, pass
 
 
@@ -154,11 +154,14 @@ class Case:
         """Full attention on the same q and the selected branch's keys."""
         timed: dict[Key, Timed] = {}
         for backend in backends:
-            if backend != "cudnn" and self.shape.Dv < self.shape.D:
+            if backend in ("flash", "varlen") and self.shape.Dv < self.shape.D:
                 continue  # FlashAttention-2 takes equal widths only
+            if backend == "flash4" and not flash4.kernels():
+                continue
+            name = backend if backend == "flash4" else f"torch-{backend}"
             forward = partial(dense_attention, self.q, *self.slc, self.packing.lengths, backend=backend)
-            timed[f"torch-{backend}", "dense", "fwd"] = forward
-            timed[f"torch-{backend}", "dense", "bwd"] = partial(
+            timed[name, "dense", "fwd"] = forward
+            timed[name, "dense", "bwd"] = partial(
                 torch.autograd.grad, forward(), (self.q, *self.slc), self.do, retain_graph=True
             )
         return timed

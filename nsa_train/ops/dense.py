@@ -2,7 +2,8 @@
 
 On a GPU the backend is chosen by shape and forced, never left to a silent fallback:
 
-    cudnn      SDPA; the fastest, and the only one with key and value widths that differ
+    flash4     FlashAttention-4 over all documents at once, where its package is installed: the fastest on Hopper
+    cudnn      SDPA; the fastest of PyTorch's, and its only fast one with key and value widths that differ
     varlen     FlashAttention-2 over all documents at once, where many short ones would have to be padded for cuDNN
     flash      FlashAttention-2 by SDPA
     efficient  SDPA's memory-efficient kernel with an explicit mask; slow, takes everything
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
+from nsa_train.ops import flash4
 from nsa_train.ops.reference import win_visible
 
 log = logging.getLogger("nsa_train")
@@ -40,16 +42,20 @@ SDPA = {
 # milliseconds, where packs bring new lengths in every batch.
 CUDNN_TOKENS = 512
 MOST_PADDED = 1.25  # times the tokens; with more padding, one call without any is faster
+FLASH4_WIDTHS = {(128, 128), (192, 128)}  # of keys and values, where it was measured as the fastest
 
 
 def choose_backend(q: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> str:
     """The name of the backend that is fastest for these inputs."""
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
         return "torch"
+    widths = q.shape[-1], v.shape[-1]
+    if widths in FLASH4_WIDTHS and flash4.kernels():
+        return "flash4"
     if window is not None:
-        return "varlen" if q.shape[-1] == v.shape[-1] else "efficient"
+        return "varlen" if widths[0] == widths[1] else "efficient"
     padded = sum(-(-length // CUDNN_TOKENS) * CUDNN_TOKENS for length in lengths)
-    return "varlen" if padded > MOST_PADDED * sum(lengths) and q.shape[-1] == v.shape[-1] else "cudnn"
+    return "varlen" if padded > MOST_PADDED * sum(lengths) and widths[0] == widths[1] else "cudnn"
 
 
 class Places(NamedTuple):
@@ -125,6 +131,7 @@ def _log_once(backend: str, D: int, Dv: int) -> None:
     log.info("dense attention with widths %d/%d runs on %s", D, Dv, backend)
 
 
+@torch.compiler.disable  # documents differ in every batch, and each time it would be compiled anew
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int],
     scale: float | None = None, window: int | None = None, backend: str | None = None,
@@ -143,8 +150,10 @@ def dense_attention(
         if q.is_cuda:
             _log_once(backend, q.shape[-1], v.shape[-1])
     q, k, v = (x.contiguous() for x in (q, k, v))  # kernels want rows that begin at a multiple of 16 bytes
-    if backend == "varlen":
-        return _varlen(q, k, v, lengths, scale, window)
+    if backend in ("flash4", "varlen"):
+        bounds = _to_device(np.cumsum([0, *lengths], dtype=np.int32), q.device)
+        packed = flash4.packed_attention if backend == "flash4" else _varlen
+        return packed(q, k, v, bounds, max(lengths), window, scale)
     at = places(tuple(lengths), CUDNN_TOKENS if backend == "cudnn" else 1, q.device)
     if at is None:
         return _by_length(q, k, v, ((len(lengths), lengths[0]),), scale, window, backend)
@@ -181,10 +190,10 @@ def _sdpa(heads: list[Tensor], mask: Tensor | None, scale: float | None) -> Tens
     )
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float | None, window: int | None) -> Tensor:
-    bounds = _to_device(np.cumsum([0, *lengths], dtype=np.int32), q.device)
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, window: int | None, scale: float | None
+) -> Tensor:
     arguments = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # older releases group heads by themselves
         arguments["enable_gqa"] = q.shape[1] != k.shape[1]
-    longest = max(lengths)
     return varlen_attn(q, k, v, bounds, bounds, longest, longest, **arguments)

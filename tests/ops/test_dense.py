@@ -79,3 +79,13 @@ def test_padding_changes_nothing(monkeypatch):
     grad = torch.randn(want.shape, generator=generator, dtype=torch.float64)
     for g, w in zip(torch.autograd.grad(got, (q, k, v), grad), torch.autograd.grad(want, (q, k, v), grad), strict=True):
         assert_close("gradient", g, w, rms=1e-12)
+
+
+def test_other_documents_are_no_reason_to_compile_again():
+    torch._dynamo.reset()
+    attend = torch.compile(lambda q, k, v, lengths: dense_attention(2 * q, k, v, lengths), backend="eager")
+    q, k, v = (torch.randn(20, 2, 4) for _ in range(3))
+    got = attend(q, k, v, (8, 12))
+    assert torch.equal(got, dense_attention(2 * q, k, v, (8, 12)))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        attend(q, k, v, (15, 5))
