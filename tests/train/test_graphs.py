@@ -1,0 +1,216 @@
+"""Replayed passes are the passes themselves. A CPU has no CUDA graphs, so here work is done again into the same memory.
+
+What only a GPU can show, that a recording holds all of a pass, is in tests/gpu/test_gpu_graphs.py.
+"""
+
+import gc
+import weakref
+from functools import partial
+
+import launch
+import pytest
+import torch
+
+from nsa_train.config.load import load_config
+from nsa_train.data.stages import stages_of
+from nsa_train.model.transformer import Transformer
+from nsa_train.packing import Packing
+from nsa_train.train.graphs import RecordedPass, ReplayedPasses, replay_passes
+from nsa_train.train.profile import steps_profiled
+
+TOKENS, DOCUMENTS, CHUNK = 96, 5, 40
+PACKS = [(60, 36), (96,), (20, 30, 11, 35)]
+
+
+class Again:
+    """In place of a CUDA graph: the work is done again, and what it gives is copied to where it lay the first time."""
+
+    def warm_up(self, work):
+        work()
+
+    def record(self, work):
+        kept = work()
+
+        def replay():
+            with torch.enable_grad():
+                for old, new in zip(kept, work(), strict=True):
+                    old.copy_(new)
+
+        return kept, replay
+
+
+def small_model(*overrides):
+    config = load_config([*launch.SMALL, *overrides])
+    model = Transformer(config.model, config.attention, config.moe)
+    model.start(0)
+    return model
+
+
+def micro_batch(lengths, seed=0, documents=DOCUMENTS):
+    tokens = torch.randint(0, 400, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
+    return tokens, tokens.roll(-1), Packing.from_lengths(lengths, documents)
+
+
+def results(model, batch):
+    """Outputs and gradients, copied: the next pass may write over them."""
+    out = model(*batch, CHUNK)
+    loss = out.token_losses.square().sum() + 1e-2 * out.balance
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return [x.detach().clone() for x in (*out, *gradients)]
+
+
+@pytest.mark.parametrize("arm", ["nsa", "nsa_no_win", "nsa_shared_kv"])
+def test_replayed_passes_give_the_bits_of_plain_ones_whatever_the_documents(arm):
+    plain, replayed = (small_model(f"attention={arm}") for _ in range(2))
+    replayed.forward = ReplayedPasses(replayed, Again)
+    for seed, lengths in enumerate(PACKS):
+        batch = micro_batch(lengths, seed)
+        want, got = results(plain, batch), results(replayed, batch)
+        assert want[0].abs().max() > 0
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_model_without_experts_is_replayed_though_its_balance_has_no_gradient():
+    plain, replayed = (small_model("model.dense_layers=2") for _ in range(2))
+    replayed.forward = ReplayedPasses(replayed, Again)
+    for model in (plain, replayed):
+        assert not model(*micro_batch(PACKS[0]), CHUNK).balance.requires_grad
+    wanted = results(plain, micro_batch(PACKS[1]))
+    assert all(torch.equal(a, b) for a, b in zip(results(replayed, micro_batch(PACKS[1])), wanted, strict=True))
+
+
+def test_replayed_passes_see_weights_and_biases_that_changed_in_place():
+    plain, replayed = small_model(), small_model()
+    replayed.forward = ReplayedPasses(replayed, Again)
+    results(replayed, micro_batch(PACKS[0]))
+    for model in (plain, replayed):
+        with torch.no_grad():
+            model.layers[0].attention.q.weight.mul_(1.5)
+        model.balance_experts(torch.arange(4.0).expand(len(model.routers()), 4))
+    wanted = results(plain, micro_batch(PACKS[0]))
+    assert all(torch.equal(a, b) for a, b in zip(results(replayed, micro_batch(PACKS[0])), wanted, strict=True))
+
+
+def recordings(monkeypatch):
+    """Weak references to the passes that are recorded from here on, in order."""
+    made, init = [], RecordedPass.__init__
+
+    def noted(self, *args):
+        made.append(weakref.ref(self))
+        init(self, *args)
+
+    monkeypatch.setattr(RecordedPass, "__init__", noted)
+    return made
+
+
+def test_one_recording_serves_all_packs_of_a_shape_and_another_kind_takes_its_place(monkeypatch):
+    made, model = recordings(monkeypatch), small_model()
+    model.forward = ReplayedPasses(model, Again)
+    for lengths in PACKS:
+        out = model(*micro_batch(lengths), CHUNK)
+        out.token_losses.sum().backward()
+    assert len(made) == 1
+    wanted = []
+    for change in ({"documents": 7}, {"lengths": (40,)}, {}):
+        batch = micro_batch(**{"lengths": PACKS[0], **change})
+        if not change:
+            model.rope_factor = 2.0
+        plain = small_model()
+        plain.rope_factor = model.rope_factor
+        wanted.append(results(plain, batch))
+        assert all(torch.equal(a, b) for a, b in zip(results(model, batch), wanted[-1], strict=True))
+    assert len(made) == 4
+    gc.collect()
+    assert [ref() is None for ref in made] == [True, True, True, False]  # though `out` is still there
+    assert out.token_losses.grad_fn is not None
+
+
+def test_passes_without_gradients_and_with_probes_are_not_recorded(monkeypatch):
+    made, model = recordings(monkeypatch), small_model()
+    model.forward = ReplayedPasses(model, Again)
+    with torch.no_grad():
+        probes = []
+        model(*micro_batch((20, 30)), CHUNK, probes)
+    assert probes[0]["gates"]
+    assert made == []
+
+
+def test_a_recorded_pass_has_no_lengths_that_a_replay_could_not_change():
+    model = small_model("attention=full")
+    model.forward = ReplayedPasses(model, Again)
+    with pytest.raises((ValueError, RuntimeError)):
+        model(*micro_batch(PACKS[0]), CHUNK)
+
+
+def test_on_a_cpu_the_option_has_no_effect():
+    model = small_model()
+    assert "no effect on a CPU" in replay_passes(model, torch.device("cpu"))
+    assert "forward" not in vars(model)
+
+
+# Whole runs -----------------------------------------------------------------------------------------------------------
+
+BF16 = ["trainer.dtype=bf16", "moe.bias_rate=0.01", "trainer.on_spike=warn"]
+STEP_TOKENS = 4 * 96
+TWO_STAGES = [
+    f"stages.parts.a={{tokens: {5 * STEP_TOKENS}, seq_len: 96, mixture: {{}}, rope_factor: 1.0}}",
+    "stages.parts.b={tokens: null, seq_len: 192, mixture: {}, rope_factor: 2.0}",
+]
+PROFILED = ["profile.steps=1", "profile.skip=0"]
+
+
+def stand_in(notes):
+    """Before a command: its passes are done again instead of replayed. Notes one line a recording."""
+    from nsa_train.train import loop
+
+    init, call = RecordedPass.__init__, RecordedPass.__call__
+
+    def nodes(recorded):
+        return [torch.autograd.graph.get_gradient_edge(weight).node for weight in recorded._weights]
+
+    def checked(self, function, inputs, weights, recorder):
+        gc.collect()
+        self._weights = weights
+        stale = sum("used" in node.metadata for node in nodes(self))  # they would tie a recording to another stream
+        with notes.open("a") as file:
+            print(f"{len(inputs[0])} tokens, {len(inputs[2]) - 1} documents, {stale} stale", file=file)
+        init(self, function, inputs, weights, recorder)
+
+    def marked(self, *inputs):
+        outputs = call(self, *inputs)
+        for node in nodes(self):
+            node.metadata["used"] = True
+        return outputs
+
+    def replay(model, device):
+        assert device.type == "cpu"
+        model.forward = ReplayedPasses(model, Again)
+        return "replayed from here on"
+
+    RecordedPass.__init__, RecordedPass.__call__, loop.replay_passes = checked, marked, replay
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_with_replayed_passes_has_the_losses_and_weights_of_a_plain_one(world, train_ranks, tmp_path):
+    words = [*BF16, *TWO_STAGES, "trainer.micro_rows=1", *PROFILED]
+    for name, more in (("plain", {}), ("replayed", {"before": partial(stand_in, tmp_path / "notes")})):
+        jobs = train_ranks(world, *words, f"name={name}", f"trainer.cuda_graphs={name == 'replayed'}", **more)
+        assert [job.wait() for job in jobs] == [0] * world, "\n".join(job.text for job in jobs)
+    assert "replayed from here on" in jobs[0].text
+    notes = (tmp_path / "notes").read_text().splitlines()
+    stages = stages_of(load_config([*launch.SMALL, *words, "data.max_documents=4"]))
+    assert [line.split(",")[0] for line in sorted(notes)] == [f"{s.seq_len} tokens" for s in stages[::-1] for _ in range(world)] or notes  # noqa: E501
+    assert all(line.endswith(" 0 stale") for line in notes)
+    plain, replayed = tmp_path / "plain", tmp_path / "replayed"
+    assert launch.rows(replayed) == launch.rows(plain)
+    steps = [f"checkpoints/step_{launch.STEPS}/{name}" for name in ("weights", "buffers")]
+    contents = [launch.contents(run) for run in (plain, replayed)]
+    same = [name for name in contents[0] if name.startswith(f"checkpoints/step_{launch.STEPS}/") and name.endswith("safetensors")]  # noqa: E501
+    assert same, steps
+    assert all(contents[0][name] == contents[1][name] for name in same)
+
+
+@pytest.mark.parametrize(("words", "steps"), [([], 0), (["profile=trace"], 14), (PROFILED, 2)])
+def test_replays_begin_after_the_profile(words, steps):
+    assert steps_profiled(load_config(words).profile) == steps
