@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from nsa_train.model.attention import Probe
 from nsa_train.model.transformer import Output, Transformer
@@ -39,7 +40,7 @@ def replay_passes(model: Transformer, device: torch.device) -> str:
 
 
 class Recorder(Protocol):
-    """Runs work for good or for a recording. What it records is replayed in the order of the recordings."""
+    """Does work, or records it. Recordings are replayed in the order in which they were made."""
 
     def warm_up(self, work: Callable[[], Any]) -> None: ...
 
@@ -55,7 +56,6 @@ class CudaRecorder:
         self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def warm_up(self, work: Callable[[], Any]) -> None:
-        gc.collect()  # an old pass would tie the weights' gradients to its stream, an old graph keep its memory
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for _ in range(WARM_UP):
@@ -63,6 +63,7 @@ class CudaRecorder:
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+        gc.collect()  # else an older graph might be destroyed during the recording, which ends that
         graph = torch.cuda.CUDAGraph()
         # thread_local: NCCL's watchdog, a thread of its own, may ask for the state of earlier work meanwhile.
         with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
@@ -71,17 +72,18 @@ class CudaRecorder:
 
 
 class RecordedPass:
-    """A function of tensors and weights, recorded forward and backward for tensors of these shapes.
+    """Forward and backward pass of a module, recorded for tensors like `inputs`.
 
-    Called with such tensors it gives what the function gives: in the same memory each time, until the next call.
-    Gradients reach the weights only, each of which must have one. Every backward pass follows its own forward pass.
+    Called with such tensors it gives what the module gives: in the same memory each time, until the next call.
+    Gradients reach the module's weights only, each of which must have one. A backward pass follows each forward pass.
+
+    Recorded are passes on leaves of their own with the weights' memory. The weights' gradients are tied to the stream
+    that first used them, because DeepSpeed keeps views of them that autograd knows: a recording may not wait for that.
     """
 
-    def __init__(
-        self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], weights: Sequence[Tensor],
-        recorder: Recorder,
-    ) -> None:  # fmt: skip
-        self._function, self._weights = function, tuple(weights)
+    def __init__(self, module: nn.Module, inputs: Sequence[Tensor], recorder: Recorder) -> None:
+        self._module, self._weights = module, tuple(module.parameters())
+        self._leaves = {name: weight.detach().requires_grad_() for name, weight in module.named_parameters()}
         self._inputs = tuple(x.clone() for x in inputs)
         self._live: tuple[Tensor, ...] = ()  # outputs of a forward pass with what autograd keeps, until the backward
         recorder.warm_up(self._both)
@@ -100,7 +102,7 @@ class RecordedPass:
         self._backward()
 
     def _forward(self) -> tuple[Tensor, ...]:
-        self._live = tuple(self._function(*self._inputs))
+        self._live = tuple(functional_call(self._module, self._leaves, self._inputs))
         return tuple(x.detach() for x in self._live)
 
     def _room(self) -> tuple[Tensor | None, ...]:
@@ -110,7 +112,7 @@ class RecordedPass:
     def _backward(self) -> tuple[Tensor, ...]:
         live, self._live = self._live, ()
         pairs = [(x, grad) for x, grad in zip(live, self.output_gradients, strict=True) if grad is not None]
-        return torch.autograd.grad([x for x, _ in pairs], self._weights, [grad for _, grad in pairs])
+        return torch.autograd.grad([x for x, _ in pairs], list(self._leaves.values()), [grad for _, grad in pairs])
 
 
 class _Replay(torch.autograd.Function):
@@ -135,6 +137,17 @@ class _Replay(torch.autograd.Function):
         return None, *(x.detach() for x in recorded.gradients)
 
 
+class _Plain(nn.Module):
+    """The model as a module of tensors alone, without what was put around its `forward`."""
+
+    def __init__(self, model: Transformer, forward: Callable[..., Output], chunk_tokens: int) -> None:
+        super().__init__()
+        self.model, self._forward, self._chunk_tokens = model, forward, chunk_tokens
+
+    def forward(self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor, positions: Tensor) -> Output:
+        return self._forward(tokens, labels, Packing(cu_seqlens, positions, lengths=()), self._chunk_tokens)
+
+
 class ReplayedPasses:
     """In place of a model's `forward`: passes that will run backward are replayed, the others run as ever.
 
@@ -143,7 +156,7 @@ class ReplayedPasses:
     """
 
     def __init__(self, model: Transformer, new_recorder: Callable[[], Recorder]) -> None:
-        self._model, self._plain, self._new_recorder = model, model.forward, new_recorder
+        self._model, self._forward, self._new_recorder = model, model.forward, new_recorder
         self._kind: tuple[Any, ...] = ()
         self._recorded: RecordedPass | None = None
 
@@ -152,15 +165,11 @@ class ReplayedPasses:
     ) -> Output:
         """As `Transformer.forward`."""
         if not torch.is_grad_enabled():
-            return self._plain(tokens, labels, packing, chunk_tokens, probes)
+            return self._forward(tokens, labels, packing, chunk_tokens, probes)
         inputs = (tokens, labels, packing.cu_seqlens, packing.positions)
         kind = (*(x.shape for x in inputs), chunk_tokens, self._model.rope_factor)
         if self._recorded is None or kind != self._kind:
             self._recorded = None  # frees its memory for the next one
-
-            def run(tokens: Tensor, labels: Tensor, cu_seqlens: Tensor, positions: Tensor) -> Output:
-                return self._plain(tokens, labels, Packing(cu_seqlens, positions, ()), chunk_tokens)
-
-            self._recorded = RecordedPass(run, inputs, list(self._model.parameters()), self._new_recorder())
-            self._kind = kind
+            plain = _Plain(self._model, self._forward, chunk_tokens)
+            self._recorded, self._kind = RecordedPass(plain, inputs, self._new_recorder()), kind
         return Output(*self._recorded(*inputs))

@@ -235,7 +235,6 @@ class _Run:
                 load += out.load
                 pairs = torch.stack([out.token_losses.detach(), batch.labels != NO_LABEL], dim=1).double()
                 by_source.index_add_(0, batch.sources % len(by_source), pairs)  # NO_SOURCE, -1, is the last
-                del out, cross_entropy, share  # what autograd keeps of a pass ends before the next one is recorded
             stop = torch.tensor(float(self.signals.received is not None), device=self.device)
             sum_over_ranks(load, stop)
             mean_loss, must_stop, spiked = torch.stack(
