@@ -112,47 +112,43 @@ def test_a_recording_keeps_away_from_what_autograd_knows_of_the_weights():
 
 
 def recordings(monkeypatch):
-    """Weak references to the passes that are recorded from here on, in order."""
-    made, init = [], RecordedPass.__init__
+    """A list that receives of each recording how many earlier ones are still there when it begins."""
+    begun, made, init = [], [], RecordedPass.__init__
 
     def noted(self, *args):
+        gc.collect()
+        begun.append(sum(ref() is not None for ref in made))
         made.append(weakref.ref(self))
         init(self, *args)
 
     monkeypatch.setattr(RecordedPass, "__init__", noted)
-    return made
+    return begun
 
 
 def test_one_recording_serves_all_packs_of_a_shape_and_another_kind_takes_its_place(monkeypatch):
-    made, model = recordings(monkeypatch), small_model()
+    begun, plain, model = recordings(monkeypatch), small_model(), small_model()
     model.forward = ReplayedPasses(model, Again)
     for lengths in PACKS:
         out = model(*micro_batch(lengths), CHUNK)
         out.token_losses.sum().backward()
-    assert len(made) == 1
-    wanted = []
-    for change in ({"documents": 7}, {"lengths": (40,)}, {}):
-        batch = micro_batch(**{"lengths": PACKS[0], **change})
-        if not change:
-            model.rope_factor = 2.0
-        plain = small_model()
-        plain.rope_factor = model.rope_factor
-        wanted.append(results(plain, batch))
-        assert all(torch.equal(a, b) for a, b in zip(results(model, batch), wanted[-1], strict=True))
-    assert len(made) == 4
-    gc.collect()
-    assert [ref() is None for ref in made] == [True, True, True, False]  # though `out` is still there
-    assert out.token_losses.grad_fn is not None
+    assert begun == [0]
+    for lengths, documents, factor in (((60, 36), 7, 1.0), ((40,), 7, 1.0), ((40,), 7, 2.0)):
+        plain.rope_factor = model.rope_factor = factor
+        batch = micro_batch(lengths, documents=documents)
+        wanted = results(plain, batch)
+        assert all(torch.equal(a, b) for a, b in zip(results(model, batch), wanted, strict=True))
+    assert begun == [0] * 4
+    assert out.token_losses.grad_fn is not None  # an output that is still there keeps no recording
 
 
 def test_passes_without_gradients_and_with_probes_are_not_recorded(monkeypatch):
-    made, model = recordings(monkeypatch), small_model()
+    begun, model = recordings(monkeypatch), small_model()
     model.forward = ReplayedPasses(model, Again)
     with torch.no_grad():
         probes = []
         model(*micro_batch((20, 30)), CHUNK, probes)
     assert probes[0]["gates"]
-    assert made == []
+    assert begun == []
 
 
 def test_a_recorded_pass_has_no_lengths_that_a_replay_could_not_change():
@@ -195,7 +191,14 @@ def stand_in():
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_run_with_replayed_passes_has_the_losses_and_weights_of_a_plain_one(world, train_ranks, tmp_path):
     for name, before in (("plain", None), ("replayed", stand_in)):
-        words = [*BF16, *TWO_STAGES, *PROFILED, f"name={name}", f"trainer.cuda_graphs={name == 'replayed'}"]
+        words = [
+            *BF16,
+            *TWO_STAGES,
+            *PROFILED,
+            "trainer.micro_rows=1",
+            f"name={name}",
+            f"trainer.cuda_graphs={name == 'replayed'}",
+        ]
         jobs = train_ranks(world, *words, before=before)
         assert [job.wait() for job in jobs] == [0] * world, "\n".join(job.text for job in jobs)
     assert "replayed from here on" in jobs[0].text
