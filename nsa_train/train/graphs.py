@@ -32,9 +32,12 @@ WARM_UP = 3  # passes before a recording: kernels are compiled and libraries sta
 
 
 def replay_passes(model: Transformer, device: torch.device) -> str:
-    """Have the model's training passes replayed from here on, on a GPU; what is said of it."""
-    if device.type != "cuda":
-        return "trainer.cuda_graphs has no effect on a CPU"
+    """Have the model's training passes replayed from here on, where the device can; what is said of it.
+
+    PyTorch's grouped product, of the experts, asks a GPU before Hopper for its rows.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return "trainer.cuda_graphs has no effect here: it needs a Hopper GPU or a later one"
     model.forward = ReplayedPasses(model, CudaRecorder)  # type: ignore[method-assign]
     return "forward and backward passes are CUDA graphs from here on"
 
