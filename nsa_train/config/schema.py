@@ -303,6 +303,7 @@ class TrainerConfig:
     dtype: Literal["auto", "bf16", "fp32"]  # auto: bf16 on a GPU, fp32 on a CPU
     activation_checkpointing: bool
     compile: bool  # torch.compile each layer's attention around the NSA op
+    cuda_graphs: bool  # on a GPU: record a micro-batch's forward and backward pass once, replay it from then on
     loss_chunk_tokens: int  # logits exist for so many tokens at once
     log_every: int
     val_every: int
@@ -435,12 +436,28 @@ class Config:
                 )
             if self.data.align > 0 and seq_len % self.data.align:
                 found.append(f"{place}.seq_len={seq_len} is not a multiple of data.align={self.data.align}")
-        found += self._stage_problems()
+        found += self._stage_problems() + self._graph_problems()
         if self.trainer.seq_len < 2:
             found.append(f"trainer.seq_len={self.trainer.seq_len} leaves nothing to predict; use at least 2")
         if self.parallel.zero_stage == 1 and self.trainer.dtype == "bf16":
             found.append("parallel.zero_stage=1 sums bf16 gradients in bf16; use parallel.zero_stage=2")
         return found
+
+    def _graph_problems(self) -> list[str]:
+        """What reads lengths of documents on the host, asks the device, or moves weights and gradients."""
+        attention, parallel, trainer = self.attention, self.parallel, self.trainer
+        against = {
+            f"attention.branches=[{','.join(attention.branches)}]": attention.branches in (("full",), ("cmp", "win")),
+            f"attention.selection={attention.selection}": "slc" in attention.branches and attention.selection != "topn",
+            "attention.backend=reference": attention.backend == "reference",
+            "trainer.dtype=fp32": trainer.dtype == "fp32",
+            "trainer.compile=true": trainer.compile,
+            "trainer.activation_checkpointing=true": trainer.activation_checkpointing,
+            "parallel.zero_stage=3": parallel.zero_stage == 3,
+            "parallel.offload_optimizer=cpu": parallel.offload_optimizer == "cpu",
+        }
+        found = ", ".join(key for key, so in against.items() if so and trainer.cuda_graphs)
+        return [f"trainer.cuda_graphs=true does not go with {found}; leave it false"] if found else []
 
     def _stage_problems(self) -> list[str]:
         step_tokens = self.trainer.seq_len * self.trainer.batch_rows

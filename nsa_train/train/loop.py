@@ -37,12 +37,13 @@ from nsa_train.train.evaluate import evaluate, means
 from nsa_train.train.export import export_model
 from nsa_train.train.failures import FIRST_FAILURE, ending_of, failure_of
 from nsa_train.train.folder import RunFolder
+from nsa_train.train.graphs import replay_passes
 from nsa_train.train.guards import BadSteps, Spikes, StopSignals
 from nsa_train.train.heldout import HELDOUT, document_losses
 from nsa_train.train.initial import common_hash, locate, take_weights, weights_hashes
 from nsa_train.train.metrics import Clock, Metrics, plot_losses
 from nsa_train.train.optim import build_optimizer, lr_at
-from nsa_train.train.profile import StepProfiler
+from nsa_train.train.profile import StepProfiler, steps_profiled
 from nsa_train.train.watchdog import Watchdog
 
 
@@ -201,7 +202,12 @@ class _Run:
         if self.progress.step == 0:
             self._validate()
         self.clock.reset()
-        for step in range(self.progress.step, trainer.steps):
+        first = self.progress.step
+        for step in range(first, trainer.steps):
+            if trainer.cuda_graphs and step == first + steps_profiled(self.config.profile):
+                said = replay_passes(self.model, self.device)
+                if self.metrics:
+                    self.metrics.say(said)
             began = time.perf_counter()
             lr, waited = lr_at(step, trainer.steps, self.config.optim.lr, self.config.schedule), self.clock.waited
             self.engine.set_lr(lr)

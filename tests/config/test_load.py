@@ -231,6 +231,33 @@ def test_all_problems_are_reported_at_once():
     assert len(text.splitlines()) == 1 + 5
 
 
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["attention=full"], "attention.branches=[full]"),
+        (["attention=full_gated"], "attention.branches=[full]"),
+        (["attention=nsa_no_slc"], "attention.branches=[cmp,win]"),
+        (["attention=nsa_random"], "attention.selection=random"),
+        (["attention.backend=reference"], "attention.backend=reference"),
+        (["trainer.dtype=fp32"], "trainer.dtype=fp32"),
+        (["trainer.compile=true", "trainer.activation_checkpointing=true"],
+         "trainer.compile=true, trainer.activation_checkpointing=true"),
+        (["parallel=zero3", "parallel.offload_optimizer=cpu", "parallel.offload_params=cpu"],
+         "parallel.zero_stage=3, parallel.offload_optimizer=cpu"),
+    ],
+)  # fmt: skip
+def test_cuda_graphs_are_refused_with_the_keys_that_they_do_not_go_with(overrides, named):
+    load_config(overrides)
+    text = refusal("trainer.cuda_graphs=true", *overrides)
+    assert len(text.splitlines()) == 2
+    assert f"trainer.cuda_graphs=true does not go with {named}; leave it false" in text
+
+
+@pytest.mark.parametrize("arm", ["nsa", "nsa_no_win", "nsa_shared_kv", "window"])
+def test_cuda_graphs_go_with_arms_whose_passes_know_documents_on_the_device_only(arm):
+    assert load_config([f"attention={arm}", "trainer.cuda_graphs=true", "parallel=zero1"]).trainer.cuda_graphs
+
+
 def test_rows_that_the_processes_cannot_share_are_refused_for_every_stage():
     stages = ["stages.parts.a={tokens: 8192, seq_len: 512, mixture: {}, rope_factor: 1.0}",
               "stages.parts.b={tokens: null, seq_len: 2048, mixture: {}, rope_factor: 1.0}"]  # fmt: skip
