@@ -1,5 +1,6 @@
 """A run may start with the weights of another one, or of an export, and says what it did not find there."""
 
+import contextlib
 import json
 import shutil
 from functools import partial
@@ -32,7 +33,11 @@ def model(*overrides):
 
 def taken(folder, *overrides):
     made = model(*overrides)
-    return made, take_weights(made, locate(folder))
+    with contextlib.ExitStack() as files:
+        values, lines = take_weights(made, locate(folder), files)
+        for name, read in values.items():
+            made.get_parameter(name).data.copy_(read())
+    return made, lines
 
 
 @pytest.mark.process
