@@ -62,7 +62,8 @@ def start_weights(
     the lines of `take_weights`, whose errors it raises.
     """
     named = sorted((name, list(parameter.shape)) for name, parameter in model.named_parameters())
-    make, lines = model.initial_values(seed), []
+    make = model.initial_values(seed)
+    lines: list[str] = []
     with contextlib.ExitStack() as files:
         if place:
             taken, lines = take_weights(model, place, files)
