@@ -19,7 +19,7 @@ from torch import Tensor
 from nsa_train import runtime
 from nsa_train.errors import CheckpointError, NsaTrainError
 from nsa_train.model.transformer import Transformer
-from nsa_train.parallel.values import give_values
+from nsa_train.parallel.materialise import materialise
 from nsa_train.train import checkpoint
 
 ARM_ONLY = (".kv.cmp.", ".kv.win.", ".phi_k.", ".phi_v.", ".attention.gate.")
@@ -68,7 +68,7 @@ def start_weights(
         if place:
             taken, lines = take_weights(model, place, files)
             make |= taken
-        hashes = give_values(model, make, dtype, settings)
+        hashes = materialise(model, make, dtype, settings)
     for buffer in model.buffers():
         buffer.data = buffer.to(runtime.device())
     return {f"{name} {shape}": hashes[name] for name, shape in named}, lines

@@ -19,9 +19,9 @@ from nsa_train import runtime
 from nsa_train.config.load import load_config
 from nsa_train.errors import NsaTrainError
 from nsa_train.model.transformer import Transformer
-from nsa_train.parallel import values
+from nsa_train.parallel import materialise as module
 from nsa_train.parallel.engine import Engine, engine_settings, start_processes, stop_processes
-from nsa_train.parallel.values import give_values
+from nsa_train.parallel.materialise import materialise
 from nsa_train.train.initial import start_weights
 from nsa_train.train.optim import build_optimizer
 
@@ -131,12 +131,12 @@ def ones(parameters=PARAMETERS):
 def measured(folder):
     """Write by how much this rank's memory has grown at most, and what its parts of the parameters take."""
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)  # what is freed goes back to the system, as large parameters do
-    values.AHEAD_BYTES = 2 * EACH
+    module.AHEAD_BYTES = 2 * EACH
     settings = settings_of(load_config(["parallel=zero3"]))
-    give_values(large(1), ones(1), torch.float32, settings)  # what every first use loads
+    materialise(large(1), ones(1), torch.float32, settings)  # what every first use loads
     before = runtime.peak_resident_bytes()
     model = large()
-    give_values(model, ones(), torch.float32, settings)
+    materialise(model, ones(), torch.float32, settings)
     grown = runtime.peak_resident_bytes() - before
     held = sum(4 * parameter.ds_tensor.numel() for parameter in model)
     (folder / str(runtime.rank())).write_text(json.dumps([grown, held]))
@@ -152,10 +152,10 @@ def test_at_stage_3_a_rank_holds_its_part_and_a_few_parameters(tmp_path):
 
 
 def test_threads_work_ahead_in_order_as_far_as_the_bytes_go(monkeypatch):
-    monkeypatch.setattr(values, "AHEAD_BYTES", 10)
+    monkeypatch.setattr(module, "AHEAD_BYTES", 10)
     sizes = [4, 4, 4, 30, 1, 9, 1]
     with ThreadPoolExecutor(8) as threads:
-        ahead = values._Ahead(threads, ((size, partial(int, number)) for number, size in enumerate(sizes)))
+        ahead = module._Ahead(threads, ((size, partial(int, number)) for number, size in enumerate(sizes)))
         begun = []
         for number in range(len(sizes)):
             begun.append([size for size, _ in ahead._begun])
@@ -170,7 +170,7 @@ def refused():
 def failing():
     make = ones() | {"1": refused}
     with pytest.raises(NsaTrainError, match="cannot be read"):
-        give_values(large(), make, torch.float32, settings_of(load_config(["parallel=zero2"])))
+        materialise(large(), make, torch.float32, settings_of(load_config(["parallel=zero2"])))
 
 
 @pytest.mark.process

@@ -1,6 +1,6 @@
-"""Values for a model on the meta device: a parameter is made by one rank, in fp32 on the host, and given to all.
+"""Values for a model on the meta device, parameter by parameter: one rank makes it, in fp32 on its host, all get it.
 
-At ZeRO stage 3 it is cut up before the next one comes, so that no rank ever holds the whole model.
+At ZeRO stage 3 it is partitioned before the next one comes, so that no rank ever holds the whole model.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ class Made(NamedTuple):
     sha256: str
 
 
-def give_values(
+def materialise(
     model: nn.Module, make: dict[str, Callable[[], Tensor]], dtype: torch.dtype, settings: dict[str, Any]
 ) -> dict[str, str]:
-    """Put every parameter on this rank's device in `dtype`, at stage 3 as this rank's part; sha256 of each by name.
+    """Put every parameter on the device in `dtype`, at stage 3 only this rank's partition; sha256 of each by name.
 
     make: by name, what makes the fp32 values; called on one rank, in a thread. An NsaTrainError of it is raised by all.
     """
     parameters, device = dict(model.named_parameters()), runtime.device()
     makers = _makers(parameters)
     own = (name for name in parameters if makers[name] == runtime.rank())
-    cut_up = _cutter(settings)
+    partition = _partition(settings)
     hashes = {}
     with ThreadPoolExecutor() as threads:
         made = _Ahead(threads, ((4 * parameters[name].numel(), partial(_made, make[name], dtype)) for name in own))
@@ -48,7 +48,7 @@ def give_values(
             hashes[name] = on_rank(makers[name], partial(_take, made, whole))
             dist.broadcast(whole.data.view(torch.uint8), makers[name])
             torch.utils.swap_tensors(parameter, whole)  # in place: modules may share it
-            cut_up(parameter)
+            partition(parameter)
     return hashes
 
 
@@ -63,7 +63,8 @@ def _makers(parameters: dict[str, nn.Parameter]) -> dict[str, int]:
 
 def _made(make: Callable[[], Tensor], dtype: torch.dtype) -> Made:
     values = make()
-    return Made(values.to(dtype), hashlib.sha256(values.numpy()).hexdigest())
+    sha256 = hashlib.sha256(values.numpy()).hexdigest()
+    return Made(values.to(dtype), sha256)  # rounded here: no fp32 copy on the device
 
 
 def _take(made: _Ahead, whole: Tensor) -> str:
@@ -73,7 +74,7 @@ def _take(made: _Ahead, whole: Tensor) -> str:
 
 
 class _Ahead:
-    """Results of tasks in their order; threads work ahead as far as AHEAD_BYTES go, and on one in any case."""
+    """Results of tasks (bytes, work) in their order; threads work ahead as far as AHEAD_BYTES go, one in any case."""
 
     def __init__(self, threads: Executor, tasks: Iterable[tuple[int, Callable[[], Made]]]) -> None:
         self._threads, self._tasks = threads, deque(tasks)
@@ -82,11 +83,11 @@ class _Ahead:
 
     def _begin(self) -> None:
         while self._tasks:
-            size, task = self._tasks[0]
+            size, work = self._tasks[0]
             if self._begun and size + sum(begun for begun, _ in self._begun) > AHEAD_BYTES:
                 return
             self._tasks.popleft()
-            self._begun.append((size, self._threads.submit(task)))
+            self._begun.append((size, self._threads.submit(work)))
 
     def next(self) -> Made:
         result = self._begun.popleft()[1].result()
@@ -94,11 +95,12 @@ class _Ahead:
         return result
 
 
-def _cutter(settings: dict[str, Any]) -> Callable[[nn.Parameter], None]:
-    """What leaves this rank its part of a parameter at stage 3, as DeepSpeed would do with a whole model."""
+def _partition(settings: dict[str, Any]) -> Callable[[nn.Parameter], None]:
+    """What leaves this rank its partition of a parameter at stage 3, as DeepSpeed would of a whole model's."""
     if settings["zero_optimization"]["stage"] < 3:
         return lambda parameter: None
     import deepspeed
 
+    # A context manager for constructors, too, but that would round every buffer to bf16.
     zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings)
     return lambda parameter: zero._convert_to_zero_parameters([parameter])
