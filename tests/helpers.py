@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from nsa_train.model.layers import fixed_starts
 from nsa_train.ops.nsa import NSASpec, nsa_attention
 from nsa_train.ops.reference import compressed_length
 from nsa_train.packing import Packing
@@ -27,6 +28,13 @@ def assert_close(name, got, want, rms):
         raise AssertionError(
             f"{name}: relative rms {error:.3g} > {rms:.3g}; worst at {worst}: {got[worst]:.6g}, not {want[worst]:.6g}"
         )
+
+
+def start_fixed(module):
+    """Set the parameters of a module whose initial values are not random."""
+    for name, make in fixed_starts(module).items():
+        parameter = module.get_parameter(name).data
+        parameter.copy_(make(parameter.shape))
 
 
 def packed_case(lengths, spec=SMALL, Hq=4, Hk=2, D=8, Dv=6, dtype=torch.float64, seed=0, empty=0, spare=0):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,12 @@ class Layout(NamedTuple):
     blocks: Tensor | None
 
 
+class Gate(nn.Linear):
+    """Eq. 5 before its sigmoid: starts at 0, a gate of one half."""
+
+    STARTS: ClassVar = {"weight": torch.zeros, "bias": torch.zeros}
+
+
 class Attention(nn.Module):
     """[T, M] -> [T, M], documents kept apart by the packing."""
 
@@ -73,17 +79,8 @@ class Attention(nn.Module):
             self.phi_k = phi(attention.cmp_block, model.key_dim)
             self.phi_v = phi(attention.cmp_block, model.value_dim)
         if attention.gate:
-            self.gate = nn.Linear(model.width, model.heads * len(attention.branches))
+            self.gate = Gate(model.width, model.heads * len(attention.branches))
         self.o = nn.Linear(model.heads * model.value_dim, model.width, bias=False)
-
-    def start(self) -> None:
-        """Set the parts whose initial values are not random: phi is mean pooling, gates are one half."""
-        if "cmp" in self.config.branches:
-            self.phi_k.start_as_mean()  # type: ignore[operator]
-            self.phi_v.start_as_mean()  # type: ignore[operator]
-        if self.config.gate:
-            nn.init.zeros_(self.gate.weight)
-            nn.init.zeros_(self.gate.bias)
 
     def project(self, x: Tensor) -> tuple[dict[str, KV], Tensor | None]:
         """K [T, Hk, D] and V [T, Hk, Dv] by name, and eq. 5's gates [T, Hq, branches] in the order of `branches`."""

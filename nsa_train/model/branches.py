@@ -1,9 +1,12 @@
 """Key and value projections of the attention branches, and phi, which turns each block of tokens into a key or value.
 
 A phi maps packed [T, Hk, width] to [T // cmp_stride, Hk, width], document after document, zeros behind the last block.
+It starts as mean pooling: `STARTS` makes the initial values that this takes.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +47,11 @@ class MeanPhi(nn.Module):
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
         return compress(x, segments, "mean")
 
-    def start_as_mean(self) -> None:
-        """Nothing to set."""
-
 
 class MLPPhi(nn.Module):
+    # w1 starts at random: with w2 = 0 it does not show, and it is what w2 learns to read
+    STARTS: ClassVar = {"bias": torch.zeros, "w2": torch.zeros}
+
     def __init__(self, block: int, dim: int) -> None:
         super().__init__()
         self.w1 = nn.Parameter(torch.empty(dim, block * dim))
@@ -58,13 +61,16 @@ class MLPPhi(nn.Module):
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
         return compress(x, segments, "mlp", self.w1, self.bias, self.w2)
 
-    def start_as_mean(self) -> None:
-        """w1 keeps its random start: with w2 = 0 it does not show, and it is what w2 learns to read."""
-        nn.init.zeros_(self.bias)
-        nn.init.zeros_(self.w2)
+
+def _mean(shape: torch.Size) -> Tensor:
+    """The matrix [dim, block * dim] that takes the mean of a block's rows."""
+    dim, inputs = shape
+    return torch.eye(dim).repeat(1, inputs // dim) * (dim / inputs)
 
 
 class LinearPhi(nn.Module):
+    STARTS: ClassVar = {"weight": _mean, "bias": torch.zeros}
+
     def __init__(self, block: int, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, block * dim))
@@ -73,14 +79,10 @@ class LinearPhi(nn.Module):
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
         return compress(x, segments, "linear", self.weight, self.bias)
 
-    @torch.no_grad()
-    def start_as_mean(self) -> None:
-        dim, inputs = self.weight.shape
-        self.weight.copy_(torch.eye(dim, device=self.weight.device).repeat(1, inputs // dim) * (dim / inputs))
-        nn.init.zeros_(self.bias)
-
 
 class GatedPoolPhi(nn.Module):
+    STARTS: ClassVar = {"weight": torch.zeros, "bias": torch.zeros}
+
     def __init__(self, block: int, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim))
@@ -88,10 +90,6 @@ class GatedPoolPhi(nn.Module):
 
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
         return compress(x, segments, "gated_pool", self.weight, self.bias)
-
-    def start_as_mean(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
 
 
 PHI: dict[str, type[nn.Module]] = {"mlp": MLPPhi, "linear": LinearPhi, "gated_pool": GatedPoolPhi, "mean": MeanPhi}

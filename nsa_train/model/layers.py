@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +18,11 @@ from nsa_train.runtime import seed_of
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in fp32 also for bf16."""
 
+    STARTS: ClassVar = {"weight": torch.ones}
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,8 +76,16 @@ class SwiGLU(nn.Module):
         return self.down(swiglu(self.gate_up(x)))
 
 
-@torch.no_grad()
-def normal_(parameter: Tensor, name: str, seed: int, std: float) -> None:
-    """Fill from a generator that knows only (seed, name, shape), so other parameters never change the values."""
-    generator = torch.Generator().manual_seed(seed_of(seed, name, tuple(parameter.shape)))
-    parameter.copy_(torch.empty(parameter.shape, dtype=torch.float32).normal_(0, std, generator=generator))
+def normal(shape: torch.Size, name: str, seed: int, std: float) -> Tensor:
+    """fp32 from a generator that knows only (seed, name, shape), so other parameters never change the values."""
+    generator = torch.Generator().manual_seed(seed_of(seed, name, tuple(shape)))
+    return torch.empty(shape, dtype=torch.float32).normal_(0, std, generator=generator)
+
+
+def fixed_starts(module: nn.Module) -> dict[str, Callable[[torch.Size], Tensor]]:
+    """What makes the initial values that are not random, by parameter: modules name them in `STARTS`."""
+    return {
+        f"{prefix}.{name}".removeprefix("."): make
+        for prefix, part in module.named_modules()
+        for name, make in getattr(part, "STARTS", {}).items()
+    }

@@ -29,7 +29,8 @@ class Router(nn.Module):
         super().__init__()
         self.config = moe
         self.weight = nn.Parameter(torch.empty(moe.experts, width))
-        self.register_buffer("bias", torch.zeros(moe.experts, dtype=torch.float32))
+        bias = torch.zeros(moe.experts, dtype=torch.float32, device="cpu")  # real, even in a model on the meta device
+        self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor) -> Routing:
         """x [T, M]; bounds [N + 1] of its documents, so that packed ones are balanced as separate ones would be."""

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nsa_train.config.schema import AttentionConfig, ModelConfig, MoEConfig
 from nsa_train.model.attention import Attended, Attention, Layout, Probe
-from nsa_train.model.layers import RMSNorm, SumNorm, SwiGLU, normal_, rope_angles
+from nsa_train.model.layers import RMSNorm, SumNorm, SwiGLU, fixed_starts, normal, rope_angles
 from nsa_train.model.moe import MoE
 from nsa_train.model.router import Router, Routing, update_bias
 from nsa_train.ops.loss import chunked_token_losses
@@ -92,22 +92,27 @@ class Transformer(nn.Module):
         if model.tied_embeddings:
             self.head.weight = self.embed.weight
 
-    def start(self, seed: int) -> None:
-        """Initial values keyed by (seed, name, shape): equal in every arm that has the parameter.
+    def initial_values(self, seed: int) -> dict[str, Callable[[], Tensor]]:
+        """By parameter, what makes its initial values: fp32, in host memory; the model may be on the meta device.
 
-        Normal with `init_std`; projections back into the residual stream are smaller by sqrt(2 layers); norms are 1;
-        phi is mean pooling; gates are one half.
+        Keyed by (seed, name, shape), so equal in every arm that has the parameter. Normal with `init_std`; projections
+        back into the residual stream are smaller by sqrt(2 layers); what is not random, modules name in `STARTS`.
         """
-        small = self.config.init_std / (2 * self.config.layers) ** 0.5
+        fixed, std = fixed_starts(self), self.config.init_std
+        small = std / (2 * self.config.layers) ** 0.5
 
-        def draw(item: tuple[str, nn.Parameter]) -> None:
-            into_stream = item[0].endswith((".o.weight", ".down.weight", ".down"))
-            normal_(item[1], item[0], seed, small if into_stream else self.config.init_std)
+        def make(name: str, shape: torch.Size) -> Tensor:
+            if name in fixed:
+                return fixed[name](shape)
+            return normal(shape, name, seed, small if name.endswith((".o.weight", ".down.weight", ".down")) else std)
 
-        with ThreadPoolExecutor() as threads:  # each has its own generator, which one core runs
-            list(threads.map(draw, (item for item in self.named_parameters() if not item[0].endswith("norm.weight"))))
-        for layer in self.layers:
-            layer.attention.start()  # type: ignore[operator, union-attr]
+        return {name: partial(make, name, parameter.shape) for name, parameter in self.named_parameters()}
+
+    def start(self, seed: int) -> None:
+        """Set every parameter to its initial values."""
+        made = self.initial_values(seed)
+        with ThreadPoolExecutor() as threads:  # each parameter has its own generator, which one core runs
+            list(threads.map(lambda item: item[1].detach().copy_(made[item[0]]()), self.named_parameters()))
 
     def recompute_activations(self, on: bool) -> None:
         for layer in self.layers:

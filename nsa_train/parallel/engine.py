@@ -54,18 +54,28 @@ def stop_processes() -> None:
     dist.destroy_process_group()
 
 
-def on_rank_zero(work: Callable[[], T]) -> T:
-    """Rank 0 does the work, every rank gets its result, or its NsaTrainError."""
+def on_rank(rank: int, work: Callable[[], T]) -> T:
+    """One rank does the work, every rank gets its result, or its NsaTrainError."""
     outcome: list[Any] = [None, None]
-    if runtime.rank() == 0:
+    if runtime.rank() == rank:
         try:
             outcome[0] = work()
         except NsaTrainError as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=rank)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """Rank 0 does the work, every rank gets its result, or its NsaTrainError."""
+    return on_rank(0, work)
+
+
+def shape_of(parameter: Tensor) -> list[int]:
+    """Also of a parameter of which this rank holds a part."""
+    return list(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def sum_over_ranks(*tensors: Tensor) -> None:
@@ -134,7 +144,7 @@ class Engine:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> None:
         import deepspeed
 
-        self.shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+        self.shapes = {name: shape_of(parameter) for name, parameter in model.named_parameters()}
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False

@@ -1,4 +1,4 @@
-"""The weights that a run starts with: taken from another run or an export, and the hash that names them."""
+"""The weights that a run starts with: drawn, or taken from another run or an export, and the hashes that name them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,7 @@ from torch import Tensor
 from nsa_train import runtime
 from nsa_train.errors import CheckpointError, NsaTrainError
 from nsa_train.model.transformer import Transformer
+from nsa_train.parallel.materialise import materialise
 from nsa_train.train import checkpoint
 
 ARM_ONLY = (".kv.cmp.", ".kv.win.", ".phi_k.", ".phi_v.", ".attention.gate.")
@@ -52,28 +53,62 @@ def locate(folder: Path) -> Path | checkpoint.Found:
     )
 
 
-@torch.no_grad()
-def take_weights(model: Transformer, place: Path | checkpoint.Found) -> list[str]:
-    """Copy what `place` has of the model's weights and router biases; lines that say what was taken and what not.
+def start_weights(
+    model: Transformer, seed: int, place: Path | checkpoint.Found | None, dtype: torch.dtype, settings: dict[str, Any]
+) -> tuple[dict[str, str], list[str]]:
+    """Give a model on the meta device its weights, drawn or from `place`, and put it on the device.
 
-    NsaTrainError where a tensor has another shape there, where none is one of the model's, or where a file is damaged.
+    Returns the sha256 of each parameter's fp32 values by name and shape, equal in all arms that have the parameter, and
+    the lines of `take_weights`, whose errors it raises.
+    """
+    named = sorted((name, list(parameter.shape)) for name, parameter in model.named_parameters())
+    make = model.initial_values(seed)
+    lines: list[str] = []
+    with contextlib.ExitStack() as files:
+        if place:
+            taken, lines = take_weights(model, place, files)
+            make |= taken
+        hashes = materialise(model, make, dtype, settings)
+    for buffer in model.buffers():
+        buffer.data = buffer.to(runtime.device())
+    return {f"{name} {shape}": hashes[name] for name, shape in named}, lines
+
+
+def take_weights(
+    model: Transformer, place: Path | checkpoint.Found, files: contextlib.ExitStack
+) -> tuple[dict[str, Callable[[], Tensor]], list[str]]:
+    """Copy router biases from `place`, and by parameter what reads its values (fp32) from there, while `files` is open.
+
+    Also lines that say what is taken and what not. NsaTrainError where a tensor has another shape there, where none is
+    one of the model's, or where a file is damaged.
     """
     folder = place if isinstance(place, Path) else place.path
-    wanted = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    try:
-        with _export(place) if isinstance(place, Path) else _checkpoint(place) as source:
-            found = sorted(wanted.keys() & source.shapes.keys())
-            _check_shapes(folder, {name: (source.shapes[name], list(wanted[name].shape)) for name in found})
-            for name in found:
-                wanted[name].copy_(source.read(name))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise NsaTrainError(f"init_from: {folder} cannot be read ({type(error).__name__}: {error})") from error
+    wanted, buffers = {**dict(model.named_parameters()), **dict(model.named_buffers())}, dict(model.named_buffers())
+    with _readable(folder):
+        source = files.enter_context(_export(place) if isinstance(place, Path) else _checkpoint(place))
+        found = sorted(wanted.keys() & source.shapes.keys())
+        _check_shapes(folder, {name: (source.shapes[name], list(wanted[name].shape)) for name in found})
+        for name in buffers.keys() & found:
+            buffers[name].copy_(source.read(name))
+
+    def read(name: str) -> Tensor:
+        with _readable(folder):
+            return source.read(name).float()
+
     lines = [f"starting from the weights of {folder}: {len(found)} of {len(wanted)} tensors"]
     if missing := wanted.keys() - source.shapes.keys():
         lines.append(f"not found there, they start afresh: {_in_short(missing)}")
     if unused := source.shapes.keys() - wanted.keys():
         lines.append(f"not of this model, left out: {_in_short(unused)}")
-    return lines
+    return {name: partial(read, name) for name in found if name not in buffers}, lines
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise NsaTrainError(f"init_from: {folder} cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _check_shapes(folder: Path, shapes: dict[str, tuple[list[int], list[int]]]) -> None:
@@ -112,14 +147,6 @@ def _in_short(names: Iterable[str]) -> str:
     """Names with the layer left open, and how many they stand for."""
     counts = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
     return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in sorted(counts.items()))
-
-
-def weights_hashes(model: Transformer) -> dict[str, str]:
-    """sha256 of each parameter's initial values, by name and shape: equal in all arms that have the parameter."""
-    named = sorted(model.named_parameters())
-    with ThreadPoolExecutor() as threads:  # a minute for billions of parameters, one by one
-        hashes = threads.map(lambda item: hashlib.sha256(item[1].detach().numpy()).hexdigest(), named)
-        return {f"{name} {list(p.shape)}": found for (name, p), found in zip(named, hashes, strict=True)}
 
 
 def common_hash(weights: dict[str, str]) -> str:

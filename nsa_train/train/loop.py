@@ -40,7 +40,7 @@ from nsa_train.train.folder import RunFolder
 from nsa_train.train.graphs import replay_passes
 from nsa_train.train.guards import BadSteps, Spikes, StopSignals
 from nsa_train.train.heldout import HELDOUT, document_losses
-from nsa_train.train.initial import common_hash, locate, take_weights, weights_hashes
+from nsa_train.train.initial import common_hash, locate, start_weights
 from nsa_train.train.metrics import Clock, Metrics, plot_losses
 from nsa_train.train.optim import build_optimizer, lr_at
 from nsa_train.train.profile import StepProfiler, steps_profiled
@@ -129,29 +129,27 @@ class _Run:
         """Model with keyed initial values, optimizer, engine."""
         config, trainer = self.config, self.config.trainer
         dtype = runtime.dtype_of(trainer.dtype)
-        self.model = Transformer(config.model, config.attention, config.moe)
-        self.model.start(config.seed)
+        with torch.device("meta"):
+            self.model = Transformer(config.model, config.attention, config.moe)
+        self.model.recompute_activations(trainer.activation_checkpointing)
+        if trainer.compile:
+            self.model.compile_attention()
+        self.parameters = count_parameters(self.model)
         sections = {name: to_tree(config)[name] for name in ("model", "attention", "moe", "optim")}
         self.identity = checkpoint.identity_of(self.model, sections)
         self.checkpoints = self.folder.path / "checkpoints"
         self.found = on_rank_zero(lambda: checkpoint.find_newest_good(self.checkpoints, self.identity))
-        self.taken: list[str] = []  # what is said of weights that were taken from elsewhere
+        place = None
         if config.init_from and not self.found:
-            self.taken = take_weights(self.model, on_rank_zero(lambda: locate(Path(str(config.init_from)))))
-        self.progress = Progress(initial_weights=weights_hashes(self.model))
-        self.parameters = count_parameters(self.model)
-        self.model.recompute_activations(trainer.activation_checkpointing)
-        if trainer.compile:
-            self.model.compile_attention()
-        for parameter in self.model.parameters():  # rounded on the host: no fp32 copy on the device
-            parameter.data = parameter.data.to(dtype).to(self.device)
-        self.model.to(self.device)
+            place = on_rank_zero(lambda: locate(Path(str(config.init_from))))
         self.micro_batches = micro_batches_of(self.stages, trainer, self.world)
         micro_rows = self.stages[0].batch_rows // (self.world * self.micro_batches)
         self.settings = engine_settings(
             config.parallel, dtype, config.optim.clip, micro_rows, self.micro_batches, self.world
         )
         probe_engine(self.settings, dtype, self.device)
+        hashes, self.taken = start_weights(self.model, config.seed, place, dtype, self.settings)
+        self.progress = Progress(initial_weights=hashes)
         self.engine = Engine(self.model, build_optimizer(self.model, config.optim), self.settings)
 
     # The run ----------------------------------------------------------------------------------------------------------

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from nsa_train.config.schema import OptimConfig, ScheduleConfig
+from nsa_train.parallel.engine import shape_of
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Matrices decay; vectors (norms, biases) and the embedding do not."""
-    return parameter.ndim >= 2 and not name.endswith("embed.weight")
+    return len(shape_of(parameter)) >= 2 and not name.endswith("embed.weight")
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:

@@ -1,5 +1,6 @@
 """What only a GPU can show: forced backends, grouped matmul, bf16, the same bits twice, and a short training."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -130,3 +131,22 @@ def test_a_bf16_training_learns_and_goes_on_after_a_stop(tmp_path):
     resumed = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert "step_20" in again.stdout
     assert abs(resumed["val_loss_last"] - summary["val_loss_last"]) < 0.02
+
+
+def test_a_sharded_model_starts_with_the_bits_of_a_whole_one(tmp_path):
+    command = [sys.executable, "-m", "nsa_train", "train", f"runs_dir={tmp_path}", f"data.prepared_dir={tmp_path}/data",
+               "trainer.steps=1", "trainer.dtype=bf16", "logging.wandb=disabled"]  # fmt: skip
+    found = {}
+    for layout in ("zero2", "zero3"):
+        subprocess.run([*command, f"name={layout}", f"parallel={layout}"], capture_output=True, check=True)
+        files = [json.loads((tmp_path / layout / f"{name}.json").read_text()) for name in ("manifest", "summary")]
+        found[layout] = files[0]["initial_weights_sha256"], files[1]["val_loss_first"]
+    assert found["zero2"][0] == found["zero3"][0]
+    assert abs(found["zero2"][1] - found["zero3"][1]) < 1e-4
+    config = load_config([])
+    model = Transformer(config.model, config.attention, config.moe)
+    model.start(config.seed)
+    assert found["zero3"][0] == {
+        f"{name} {list(p.shape)}": hashlib.sha256(p.detach().numpy()).hexdigest()
+        for name, p in model.named_parameters()
+    }

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from cases import ARMS, FULL, LENGTHS, MODEL, NSA, grow, nsa
-from helpers import assert_close, sdpa
+from helpers import assert_close, sdpa, start_fixed
 
 from nsa_train.model.attention import Attention
 from nsa_train.model.layers import apply_rope, rope_angles
@@ -19,7 +19,7 @@ def layer(attention):
     made = Attention(MODEL, attention)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, 0, 0.2)
-    made.start()
+    start_fixed(made)
     return grow(made)
 
 
@@ -112,7 +112,7 @@ def test_a_compressed_key_is_rotated_to_its_blocks_first_position():
 @pytest.mark.parametrize("arm", ["full_gated", "nsa"])
 def test_gates_start_at_one_half(arm):
     made = Attention(MODEL, ARMS[arm])
-    made.start()
+    start_fixed(made)
     gates = made.project(torch.randn(7, MODEL.width))[1]
     assert gates.shape == (7, MODEL.heads, len(ARMS[arm].branches))
     assert (gates == 0.5).all()

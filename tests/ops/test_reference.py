@@ -17,6 +17,7 @@ from helpers import (
     run,
     sdpa,
     slices,
+    start_fixed,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -174,7 +175,7 @@ def randomised(phi):
 @pytest.mark.parametrize("kind", PHI)
 def test_every_phi_starts_as_mean_pooling(kind):
     phi = randomised(phi_of(kind))
-    phi.start_as_mean()
+    start_fixed(phi)
     blocks = torch.randn(5, 4, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert_close(kind, of_blocks(phi, blocks), blocks.mean(1), rms=1e-14)
 

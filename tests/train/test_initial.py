@@ -1,5 +1,7 @@
 """A run may start with the weights of another one, or of an export, and says what it did not find there."""
 
+import contextlib
+import hashlib
 import json
 import shutil
 from functools import partial
@@ -7,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from launch import SMALL, rows, signal, signal_at, summary
+from safetensors.torch import load_file
 
 from nsa_train.config.load import load_config
 from nsa_train.errors import NsaTrainError
@@ -32,7 +35,11 @@ def model(*overrides):
 
 def taken(folder, *overrides):
     made = model(*overrides)
-    return made, take_weights(made, locate(folder))
+    with contextlib.ExitStack() as files:
+        values, lines = take_weights(made, locate(folder), files)
+        for name, read in values.items():
+            made.get_parameter(name).data.copy_(read())
+    return made, lines
 
 
 @pytest.mark.process
@@ -46,6 +53,20 @@ def test_a_run_starts_where_the_other_ended(place, exported, train, tmp_path):
     found = [row for row in rows(tmp_path / "run") if row["split"] == "val"]
     assert found[0]["step"] == 0
     assert found[0]["loss"] == summary(exported)["val_loss_last"]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("place", ["", "export"])
+def test_ranks_that_hold_parts_start_there_too(place, exported, train_ranks, tmp_path):
+    jobs = train_ranks(2, f"init_from={exported / place}", "parallel=zero3", "seed=0", "trainer.steps=1")
+    assert [job.wait() for job in jobs] == [0, 0], jobs[0].text
+    hashes = json.loads((tmp_path / "run" / "manifest.json").read_text())["initial_weights_sha256"]
+    weights = load_file(exported / "export" / "model.safetensors")
+    for name, sha256 in hashes.items():
+        values = weights[f"transformer.{name.partition(' ')[0]}"]
+        assert sha256 == hashlib.sha256(values.numpy()).hexdigest(), name
+    found = [row for row in rows(tmp_path / "run") if row["split"] == "val"]
+    assert found[0]["loss"] == pytest.approx(summary(exported)["val_loss_last"], rel=1e-6)
 
 
 @pytest.mark.process
