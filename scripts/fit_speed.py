@@ -36,13 +36,13 @@ def of_training(gpu: Gpu, rows: list[dict[str, Any]]) -> dict[str, dict[int, flo
 
 
 def of_attention(gpu: Gpu, rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
-    """Mean over the lengths."""
-    dense = [row for row in rows if row["part"] == "dense"]
+    """Mean over the lengths, of the kernels that every installation has."""
+    dense = [row for row in rows if row["part"] == "dense" and row["impl"].startswith("torch-")]
     found: dict[int, float] = {}
     for widths in {(row["d_qk"], row["d_v"]): None for row in dense}:
         heads = next(row["Hq"] for row in dense if (row["d_qk"], row["d_v"]) == widths)
         fastest: dict[int, float] = {}
-        for by_length in totals(rows, widths, "dense", 1).values():
+        for by_length in totals(dense, widths, "dense", 1).values():
             fastest |= {T: min(ms, fastest.get(T, ms)) for T, ms in by_length.items()}
         flops = {T: 3 * 2 * heads * sum(widths) * T * (T + 1) / 2 for T in fastest}
         shares = [flops[T] / gpu.flops / (ms / 1e3) for T, ms in fastest.items()]

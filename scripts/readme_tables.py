@@ -21,6 +21,7 @@ from nsa_train.plan.advice import GIB, need
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAPER_WIDTHS = (192, 128)
+RUN_KEYS = ("trainer.", "data.")  # of overrides that change the run, not the model
 
 
 def first_run() -> str:
@@ -93,8 +94,10 @@ def training() -> str:
         for row in result["rows"]:
             again = "yes" if row["checkpointing"] else "no"
             planned = need(load_config(settings_of(row)), row["gpus"]).total / GIB
+            words = [row["preset"], *(word for word in row["overrides"] if not word.startswith(RUN_KEYS))]
+            model = " ".join(f"`{word}`" for word in words)
             start = (
-                f"| {row['gpus']} x {result['device']['name']} | `{row['preset']}` | `{row['attention']}` | "
+                f"| {row['gpus']} x {result['device']['name']} | {model} | `{row['attention']}` | "
                 f"{row['T'] // 1024}k | {row['T'] * row['micro_batch'] // 1024}k | {again} | "
             )
             if "error" in row:

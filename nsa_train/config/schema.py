@@ -54,10 +54,12 @@ class ModelConfig:
     norm_eps: float
     tied_embeddings: bool
     init_std: float
+    embedding_std: float  # of embeddings that are not tied to the head
 
     def problems(self) -> list[str]:
         found = _not_positive(self, "vocab", "layers", "width", "heads", "kv_heads", "key_dim", "value_dim")
         found += _not_positive(self, "max_seq_len", "rope_theta", "rope_trained_len", "norm_eps", "init_std")
+        found += _not_positive(self, "embedding_std")
         if self.kv_heads > 0 and self.heads % self.kv_heads:
             found.append(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
         if self.key_dim % 2:

@@ -96,15 +96,19 @@ class Transformer(nn.Module):
         """By parameter, what makes its initial values: fp32, in host memory; the model may be on the meta device.
 
         Keyed by (seed, name, shape), so equal in every arm that has the parameter. Normal with `init_std`; projections
-        back into the residual stream are smaller by sqrt(2 layers); what is not random, modules name in `STARTS`.
+        back into the residual stream are smaller by sqrt(2 layers); embeddings have their own width, unless they are
+        the head's weight too; what is not random, modules name in `STARTS`.
         """
-        fixed, std = fixed_starts(self), self.config.init_std
-        small = std / (2 * self.config.layers) ** 0.5
+        config, fixed = self.config, fixed_starts(self)
+
+        def std_of(name: str) -> float:
+            if name == "embed.weight" and not config.tied_embeddings:
+                return config.embedding_std
+            into_stream = name.endswith((".o.weight", ".down.weight", ".down"))
+            return config.init_std / (2 * config.layers) ** 0.5 if into_stream else config.init_std
 
         def make(name: str, shape: torch.Size) -> Tensor:
-            if name in fixed:
-                return fixed[name](shape)
-            return normal(shape, name, seed, small if name.endswith((".o.weight", ".down.weight", ".down")) else std)
+            return fixed[name](shape) if name in fixed else normal(shape, name, seed, std_of(name))
 
         return {name: partial(make, name, parameter.shape) for name, parameter in self.named_parameters()}
 

@@ -42,7 +42,7 @@ SDPA = {
 # milliseconds, where packs bring new lengths in every batch.
 CUDNN_TOKENS = 512
 MOST_PADDED = 1.25  # times the tokens; with more padding, one call without any is faster
-FLASH4_WIDTHS = {(128, 128), (192, 128)}  # of keys and values, where it was measured as the fastest
+FLASH4_WIDTHS = {(64, 64), (128, 128), (192, 128)}  # of keys and values, where it was measured as the fastest
 
 
 def choose_backend(q: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> str:

@@ -40,12 +40,11 @@ GPUS = {
 
 Shares = Mapping[str, Mapping[int, float]]  # part -> size (`size_of`) -> share of the peak
 
-# By `python scripts/fit_speed.py docs/results/training_h200.json docs/results/attention_h100.json`, whose output stands
-# here: GPU time by `profile=trace` of one H200, 2026-11-28. Sizes 1536 and 192 are preset m, 384 and 64 preset r1.
+# By `python scripts/fit_speed.py docs/results/training_<gpu>.json docs/results/attention_h100.json`, whose output
+# stands here: GPU time by `profile=trace`. Sizes 384 and 64 are preset r1, 1536 and 192 m, 2560 the paper's model.
 H200: Shares = {
     "attention": {384: 0.372, 1536: 0.633},
     "attention, cmp": {64: 0.139, 192: 0.193},
-    "attention, full": {64: 0.379, 128: 0.492, 192: 0.444},
     "attention, gates": {64: 0.849, 192: 0.848},
     "attention, selection": {64: 0.079, 192: 0.207},
     "attention, slc": {64: 0.214, 192: 0.306},
@@ -56,10 +55,32 @@ H200: Shares = {
     "head": {384: 0.482, 1536: 0.735},
     "norms": {384: 0.545, 1536: 0.529},
     "optimizer": {384: 0.175, 1536: 0.319},
-    "other": {384: 0.044, 1536: 0.162},
     "router": {384: 0.275, 1536: 0.235},
 }
-SHARES: dict[str, Shares] = {"h100": H200, "h200": H200}  # an H100's own are not measured yet
+H100: Shares = {
+    "attention": {1536: 0.596, 2560: 0.707},
+    "attention, cmp": {192: 0.216},
+    "attention, full": {64: 0.383, 128: 0.498, 192: 0.444},
+    "attention, gates": {192: 0.883},
+    "attention, selection": {192: 0.193},
+    "attention, slc": {192: 0.301},
+    "attention, win": {192: 0.283},
+    "dense MLP": {1536: 0.662, 2560: 0.785},
+    "experts": {1536: 0.470, 2560: 0.582},
+    "head": {1536: 0.660, 2560: 0.752},
+    "norms": {1536: 0.614, 2560: 0.553},
+    "optimizer": {1536: 0.329, 2560: 0.378},
+    "other": {1536: 0.509, 2560: 0.622},
+    "router": {1536: 0.304, 2560: 0.202},
+}
+
+
+def _filled(own: Shares, others: Shares) -> Shares:
+    """With what the other kind of GPU tells of parts and sizes that were not measured on this one."""
+    return {part: {**others.get(part, {}), **own.get(part, {})} for part in {**others, **own}}
+
+
+SHARES: dict[str, Shares] = {"h100": _filled(H100, H200), "h200": _filled(H200, H100)}
 
 ATTENTION = "attention"
 PART_OF = {  # of `flops`, where the profile has other names

@@ -69,13 +69,17 @@ def test_a_parameters_start_depends_on_no_other_parameter():
     assert not torch.equal(a["layers.0.attention.q.weight"], a["layers.1.attention.q.weight"])
 
 
-def test_projections_into_the_stream_start_smaller():
-    model = values(build(width=64, layers=8))
+@pytest.mark.parametrize("tied", [False, True])
+def test_projections_into_the_stream_start_smaller_and_embeddings_larger(tied):
+    model = values(build(width=64, layers=8, tied_embeddings=tied, embedding_std=0.5))
+    assert ("head.weight" in model) is not tied
     for name, parameter in model.items():
         if name.endswith(("o.weight", "down.weight", ".down")):
             assert float(parameter.detach().std()) == pytest.approx(0.02 / 4, rel=0.1), name
-        elif name.endswith(("q.weight", "gate_up", "gate_up.weight", "embed.weight", "head.weight")):
+        elif name.endswith(("q.weight", "gate_up", "gate_up.weight", "head.weight")):
             assert float(parameter.detach().std()) == pytest.approx(0.02, rel=0.1), name
+        elif name == "embed.weight":
+            assert float(parameter.detach().std()) == pytest.approx(0.02 if tied else 0.5, rel=0.1)
 
 
 @EVERY_ARM

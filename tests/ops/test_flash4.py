@@ -110,6 +110,7 @@ def inputs_on_a_gpu(D, Dv, dtype=torch.bfloat16):
 @pytest.mark.parametrize(
     ("widths", "window", "without"),
     [
+        ((64, 64), None, "cudnn"),
         ((128, 128), None, "cudnn"),
         ((192, 128), None, "cudnn"),
         ((128, 128), 512, "varlen"),
@@ -120,7 +121,7 @@ def test_it_is_chosen_where_it_was_measured_as_the_fastest_and_imports(monkeypat
     for found, name in ((flash4.Kernels(played_forward, played_backward), "flash4"), (None, without)):
         monkeypatch.setattr(flash4, "kernels", lambda found=found: found)
         assert choose_backend(*inputs_on_a_gpu(*widths), (512, 1024), window) == name
-        assert choose_backend(*inputs_on_a_gpu(64, 64), (512, 1024), None) == "cudnn"
+        assert choose_backend(*inputs_on_a_gpu(96, 96), (512, 1024), None) == "cudnn"
         assert choose_backend(*inputs_on_a_gpu(*widths, dtype=torch.float32), (512, 1024), window) == "torch"
 
 
