@@ -48,3 +48,38 @@ def plot_attention(result: dict[str, Any], path: Path, widths: tuple[int, int] =
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def plot_training(result: dict[str, Any], path: Path) -> None:
+    """Of whole runs, against the length of a row: tokens per second of a GPU, and the share of its peak."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if row["gpus"] == 1 and "tokens_per_s" in row:
+            lines.setdefault((row["preset"], row["attention"]), {})[row["T"]] = row
+    figure, (speed, share) = plt.subplots(1, 2, figsize=(10, 4), dpi=110)
+    presets = list(dict.fromkeys(preset for preset, _ in lines))
+    for (preset, arm), by_length in lines.items():
+        rows = [by_length[T] for T in sorted(by_length)]
+        look = {
+            "color": f"C{presets.index(preset)}", "label": f"{preset}, {arm}",
+            "ls": "-" if arm == "nsa" else "--", "marker": "o" if arm == "nsa" else "s",
+        }  # fmt: skip
+        lengths = [row["T"] for row in rows]
+        speed.plot(lengths, [row["tokens_per_s"] for row in rows], **look)
+        share.plot(lengths, [100 * row["mfu_executed"] for row in rows], **look)
+    for axes, label in ((speed, "tokens per second"), (share, "MFU of executed FLOPs, %")):
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="tokens of a row", ylabel=label)
+        axes.grid(alpha=0.3)
+    speed.set_yscale("log")
+    share.set_ylim(bottom=0)
+    speed.legend()
+    figure.suptitle(f"training on one {result['device']['name']}, packed text")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

@@ -3,7 +3,8 @@
 A step and a forward pass have as many tokens as the preset's at its own row length, a row at least; activations are
 recomputed where the plan says that they do not fit the GPU. FLOPs are counted as if every row were one document: packs
 of short documents need fewer; what is recomputed does not count. `parts` are milliseconds of a step by part
-(`nsa_train.train.profile`), of one before those that are timed. Rows that the file has of other runs stay in it.
+(`nsa_train.train.profile`), of one before those that are timed. Rows that the file has of other runs stay in it. A
+figure lies beside it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 from nsa_train import runtime
 from nsa_train.bench import results
+from nsa_train.bench.figures import plot_training
 from nsa_train.bench.runs import MEASURED_ONLY, RECOMPUTED, parse_on_gpus, train_run
 from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
@@ -112,5 +114,6 @@ def main(arguments: list[str]) -> int:
             runtime.log.info("%s", rows[-1])
             every = results.with_earlier(args.out / f"{name}.json", rows, KEY)
             written = results.write_result(name, "training", every, args.commit, args.out)
+            plot_training(json.loads(written.read_text()), written.with_suffix(".png"))
     runtime.log.info("%s", written)
     return 0

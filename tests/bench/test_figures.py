@@ -1,0 +1,33 @@
+"""Figures of benchmarks: what they show, and that rows without figures do not stop them."""
+
+import matplotlib.pyplot as plt
+import pytest
+
+from nsa_train.bench.figures import plot_training
+
+
+def row(preset, arm, T, speed, gpus=1):
+    return {"preset": preset, "attention": arm, "T": T, "gpus": gpus, "tokens_per_s": speed, "mfu_executed": 0.25}
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """The figures that were written, still open."""
+    figures = []
+    close = plt.close
+    monkeypatch.setattr(plt, "close", figures.append)
+    yield figures
+    for figure in figures:
+        close(figure)
+
+
+def test_training_shows_single_gpus_by_length_and_leaves_failed_rows_out(tmp_path, shown):
+    rows = [row("m", "nsa", 65536, 50.0), row("m", "nsa", 8192, 40.0), row("m", "full", 8192, 45.0),
+            row("m", "nsa", 8192, 80.0, gpus=2), {"preset": "m", "attention": "full", "T": 65536, "gpus": 1, "error": "x"}]  # fmt: skip
+    path = tmp_path / "training.png"
+    plot_training({"rows": rows, "device": {"name": "a GPU"}}, path)
+    assert path.stat().st_size > 0
+    speed, share = shown[0].axes
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in speed.lines}
+    assert lines == {"m, nsa": ([8192, 65536], [40.0, 50.0]), "m, full": ([8192], [45.0])}
+    assert [list(line.get_ydata()) for line in share.lines] == [[25.0, 25.0], [25.0]]
