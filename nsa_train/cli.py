@@ -124,7 +124,7 @@ def _compare(arguments: list[str]) -> int:
 
 
 def _eval(arguments: list[str]) -> int:
-    """ask a run: `eval RUN task=needle|multikey|vartrace|mqar|heldout|blocks|maps [lengths=N,N]`, docs/comparison.md"""
+    """ask a run: `eval RUN task=needle,multikey,vartrace,mqar,heldout,blocks,maps [lengths=N,N]`, docs/comparison.md"""
     from nsa_train.evaluate.command import main
 
     return main(arguments)

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -32,7 +33,7 @@ from nsa_train.compare.runs import Run
 from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
 from nsa_train.errors import DivergedError, Interrupted, NsaTrainError, RunFolderError
-from nsa_train.evaluate.command import MAPS, TASKS, misfit
+from nsa_train.evaluate.command import TASKS, misfit
 from nsa_train.train.folder import FREE_KEYS, RunFolder, differing
 
 POLL_S = 0.2
@@ -45,21 +46,22 @@ class Job:
 
     overrides: tuple[str, ...]
     config: Config
-    evaluations: dict[str, list[str]]  # words of `nsa-train eval`, by task
+    tasks: tuple[str, ...]  # of `nsa-train eval`
+    lengths: tuple[str, ...]  # words of it
     file: Path | None  # that keeps it
 
     @staticmethod
     def of(
-        name: str, *overrides: str, evaluations: dict[str, list[str]] | None = None, keep: Path | None = None
+        name: str, *overrides: str, tasks: Iterable[str] = (), lengths: Iterable[str] = (), keep: Path | None = None
     ) -> Job:
-        """`name` follows the experiment's in the run's. Evaluations that the arm does not fit are left out.
+        """`name` follows the experiment's in the run's. Tasks that the arm does not fit are left out.
 
         Raises RunFolderError where the folder `keep` has the run with another configuration.
         """
         experiment = load_config(overrides).experiment
         words = (*overrides, f"name={experiment}-{name}")
         config = load_config(words)
-        asked = {task: ask for task, ask in (evaluations or {}).items() if not misfit(task, config.attention)}
+        asked = tuple(task for task in tasks if not misfit(task, config.attention))
         file = keep and keep / f"{config.name}{kept.SUFFIX}"
         if file and file.exists():
             there, now = kept.recipe(Run.read(file).config), kept.recipe(config)
@@ -68,15 +70,15 @@ class Job:
                 raise RunFolderError(
                     f"{file} keeps a run with another configuration; choose another --keep:\n" + "\n".join(lines)
                 )
-        return Job(words, config, asked, file)
+        return Job(words, config, asked, tuple(lengths), file)
 
     def command(self) -> list[str]:
         """What is to be done next, of `nsa-train`; empty: nothing."""
         if not self.trained:
             return [] if self.kept else ["train", *self.overrides]
         run = self.config.run_dir
-        left = [words for task, words in self.evaluations.items() if not (run / "eval" / f"{task}.json").exists()]
-        return ["eval", str(run), *left[0]] if left else []
+        left = [task for task in self.tasks if not (run / "eval" / f"{task}.json").exists()]
+        return ["eval", str(run), f"task={','.join(left)}", *self.lengths] if left else []
 
     def keep(self) -> None:
         """The run as far as it has come, with the evaluations that there are; says so where it cannot be kept."""
@@ -239,13 +241,12 @@ def run(queue: Queue, args: argparse.Namespace) -> int:
     if args.rates and (missing := [arm for arm in args.arms if arm not in rates]):
         raise NsaTrainError(f"--rates {args.rates}: no learning rate for {', '.join(missing)}; sweep these arms too")
     lengths = [f"lengths={args.lengths}"] if args.lengths else []
-    asked = {task: [f"task={task}", *(lengths if task != MAPS else [])] for task in args.eval}
     jobs = []
     for seed in args.seeds:
         for arm in args.arms:
             rate = [f"optim.lr={rates[arm]}"] if rates else []
             words = [*args.set, f"attention={arm}", f"seed={seed}", *rate]
-            jobs.append(Job.of(f"{arm}-seed{seed}", *words, evaluations=asked, keep=args.keep))
+            jobs.append(Job.of(f"{arm}-seed{seed}", *words, tasks=args.eval, lengths=lengths, keep=args.keep))
     queue.train(jobs)
     options = [f"--{key}={getattr(args, key)}" for key in ("name", "gates", "out") if getattr(args, key)]
     return compare([*(str(job.path) for job in jobs), *options])
@@ -273,7 +274,7 @@ def main() -> int:
     trained.add_argument("--rates", type=Path, help="JSON of a sweep; default: one optim.lr for all arms")
     about = f"of `nsa-train eval`, for every run that it fits: {', '.join(TASKS)}"
     trained.add_argument("--eval", nargs="+", default=[], choices=TASKS, metavar="TASK", help=about)
-    trained.add_argument("--lengths", metavar="N,N", help=f"of these tasks, {MAPS} aside")
+    trained.add_argument("--lengths", metavar="N,N", help="of these tasks")
     about = "of files that keep runs: those that it has are not trained, and those that end are kept there"
     trained.add_argument("--keep", type=Path, metavar="FOLDER", help=about)
     trained.add_argument("--name", help="of the report; default: the experiment's")

@@ -1,4 +1,4 @@
-"""`nsa-train eval RUN task=needle`: a finished run's export under test, into <run>/eval/<task>.json and .png.
+"""`nsa-train eval RUN task=needle,mqar`: a finished run's export under test, into <run>/eval/<task>.json and .png.
 
 Beside them `task=blocks` leaves the blocks that the model chose, for `nsa-train bench attention --blocks`.
 """
@@ -39,19 +39,21 @@ TASKS = (*KINDS, HELDOUT, BLOCKS, MAPS)
 class Options:
     """What is asked.
 
-    lengths  tokens; default: a quarter, a half and the whole of the run's rows, of blocks and maps the whole
+    task     names of TASKS, done in this order
+    lengths  tokens; default: a quarter, a half and the whole of the run's rows, of blocks the whole; maps: the longest
     depths   of quizzes
     samples  quizzes of each depth; of blocks and maps: held-out rows, at most
     """
 
-    task: str = ""
+    task: tuple[str, ...] = ()
     lengths: tuple[int, ...] = ()
     depths: int = 21
     samples: int = 20
 
     @staticmethod
     def parse(words: Sequence[str]) -> Options:
-        known, found = [field.name for field in fields(Options)], {}
+        known = [field.name for field in fields(Options)]
+        found: dict[str, Any] = {}
         for word in words:
             key, _, value = word.partition("=")
             if key not in known:
@@ -59,11 +61,20 @@ class Options:
             numbers = value.strip("[]").split(",")
             if key != "task" and not all(number.isdecimal() and int(number) > 0 for number in numbers):
                 raise ConfigError(f"eval: {word} must be {'numbers' if key == 'lengths' else 'a number'} from 1 on")
-            found[key] = value if key == "task" else tuple(map(int, numbers)) if key == "lengths" else int(value)
-        options = Options(**found)  # type: ignore[arg-type]
-        if options.task not in TASKS:
-            raise ConfigError(f"eval: task={options.task} is no task; say task= one of {', '.join(TASKS)}")
+            if key == "task":
+                found[key] = tuple(value.strip("[]").split(","))
+            else:
+                found[key] = tuple(map(int, numbers)) if key == "lengths" else int(value)
+        options = Options(**found)
+        if unknown := [task for task in options.task or ("",) if task not in TASKS]:
+            raise ConfigError(f"eval: task={','.join(unknown)} is no task; say task= some of {', '.join(TASKS)}")
         return options
+
+    def lengths_of(self, task: str, row_tokens: int) -> tuple[int, ...]:
+        """Of a run with rows of so many tokens."""
+        if task == MAPS:
+            return (max(self.lengths or (row_tokens,)),)
+        return self.lengths or ((row_tokens,) if task == BLOCKS else (row_tokens // 4, row_tokens // 2, row_tokens))
 
 
 def misfit(task: str, attention: AttentionConfig) -> str | None:
@@ -84,29 +95,30 @@ def main(arguments: list[str]) -> int:
         raise ConfigError("eval: name the folder of a run first, like `nsa-train eval runs/tiny-nsa task=needle`")
     folder, options = Path(arguments[0]), Options.parse(arguments[1:])
     config = read_config(folder)
-    if reason := misfit(options.task, config.attention):
-        raise ConfigError(f"eval: {folder} is of the arm {config.arm}, and task={options.task} {reason}")
-    last = stages_of(config)[-1].seq_len
-    lengths = options.lengths or ((last,) if options.task in (BLOCKS, MAPS) else (last // 4, last // 2, last))
-    if options.task == MAPS and len(lengths) > 1:
+    for task in options.task:
+        if reason := misfit(task, config.attention):
+            raise ConfigError(f"eval: {folder} is of the arm {config.arm}, and task={task} {reason}")
+    if max(options.lengths, default=0) > config.model.max_seq_len:
         raise ConfigError(
-            f"eval: lengths={','.join(map(str, lengths))}: task={MAPS} draws rows of one length; name one"
+            f"eval: lengths={max(options.lengths)} is beyond the model's max_seq_len={config.model.max_seq_len}"
         )
-    if max(lengths) > config.model.max_seq_len:
-        raise ConfigError(f"eval: lengths={max(lengths)} is beyond the model's max_seq_len={config.model.max_seq_len}")
     model, tokenizer = _opened(folder)
-    figure = folder / "eval" / f"{options.task}.png"
-    figure.parent.mkdir(exist_ok=True)
-    if options.task == HELDOUT:
-        rows = list(_heldout(model, config, lengths))
-    elif options.task == BLOCKS:
-        rows = _blocks(model, config, lengths, options.samples, figure)
-    elif options.task == MAPS:
-        rows = _maps(model, config, lengths[0], options.samples, figure)
-    else:
-        rows = list(_grid(model, tokenizer, config, lengths, options))
-        plot_grid([row for row in rows if row["what"] == "cell"], f"{config.name}: {options.task}", figure)
-    runtime.log.info("%s", results.write_result(options.task, "eval", rows, folder=figure.parent))
+    (folder / "eval").mkdir(exist_ok=True)
+    trained = model.rope_factor
+    for task in options.task:
+        lengths = options.lengths_of(task, stages_of(config)[-1].seq_len)
+        figure = folder / "eval" / f"{task}.png"
+        model.rope_factor = trained
+        if task == HELDOUT:
+            rows = list(_heldout(model, config, lengths))
+        elif task == BLOCKS:
+            rows = _blocks(model, config, lengths, options.samples, figure)
+        elif task == MAPS:
+            rows = _maps(model, config, lengths[0], options.samples, figure)
+        else:
+            rows = list(_grid(task, model, tokenizer, config, lengths, options))
+            plot_grid([row for row in rows if row["what"] == "cell"], f"{config.name}: {task}", figure)
+        runtime.log.info("%s", results.write_result(task, "eval", rows, folder=figure.parent))
     return 0
 
 
@@ -132,18 +144,18 @@ def _stretch(model: Transformer, length: int, trained: float) -> float:
 
 
 def _grid(
-    model: Transformer, tokenizer: Tokenizer, config: Config, lengths: Sequence[int], options: Options
+    task: str, model: Transformer, tokenizer: Tokenizer, config: Config, lengths: Sequence[int], options: Options
 ) -> Iterator[dict[str, Any]]:
     """Rows of cells, and a summary of each length."""
     batch_tokens, trained = config.trainer.micro_rows * config.trainer.seq_len, model.rope_factor
     for length in lengths:
         factor = _stretch(model, length, trained)
-        documents = make_documents(options.task, tokenizer, length, options.depths, options.samples)
+        documents = make_documents(task, tokenizer, length, options.depths, options.samples)
         found = list(answers(model, documents, config.attention, batch_tokens))
-        yield from ({"what": "cell", "task": options.task, **cell} for cell in cells(found, length, options.depths))
+        yield from ({"what": "cell", "task": task, **cell} for cell in cells(found, length, options.depths))
         whole = summary(found, length, options.depths)
-        yield {"what": "summary", "task": options.task, "arm": config.arm, "rope_factor": factor, **whole}
-        runtime.log.info("%s", _line(options.task, whole))
+        yield {"what": "summary", "task": task, "arm": config.arm, "rope_factor": factor, **whole}
+        runtime.log.info("%s", _line(task, whole))
 
 
 def _line(task: str, row: dict[str, Any]) -> str:

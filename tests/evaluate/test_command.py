@@ -1,5 +1,6 @@
 """`nsa-train eval` for blocks and maps: files beside one another, and one message where it cannot be asked."""
 
+import copy
 import json
 import sysconfig
 from pathlib import Path
@@ -39,7 +40,7 @@ def make_run(tmp_path, corpus, monkeypatch):
         (tmp_path / "config.yaml").write_text(to_yaml(config))
         model = Transformer(config.model, config.attention, config.moe).eval()
         model.start(0)
-        monkeypatch.setattr(command, "_opened", lambda folder: (model, None))
+        monkeypatch.setattr(command, "_opened", lambda folder: (copy.deepcopy(model), None))
         return tmp_path, config
 
     return make
@@ -81,6 +82,19 @@ def test_maps_are_drawn_of_arms_that_have_all_keys(arm, make_run, monkeypatch):
     ]
 
 
+def test_several_tasks_see_the_model_as_it_was_trained(make_run):
+    """A task stretches positions for its lengths; the next one begins with the run's own. Maps: the longest rows."""
+    folder, _ = make_run("attention=nsa", "model.rope_trained_len=128")
+    together = {}
+    assert main(["eval", str(folder), "task=blocks,heldout,maps", "lengths=64,256", "samples=2"]) == 0
+    for task in ("blocks", "heldout", "maps"):
+        together[task] = rows(folder, task)
+        assert main(["eval", str(folder), f"task={task}", "lengths=64,256", "samples=2"]) == 0
+        assert rows(folder, task) == together[task], task
+    assert [row["rope_factor"] for row in together["heldout"]] == [1, 2]
+    assert {row["length"] for row in together["maps"]} == {256}
+
+
 @pytest.mark.parametrize(
     ("arm", "words", "message"),
     [
@@ -92,7 +106,10 @@ def test_maps_are_drawn_of_arms_that_have_all_keys(arm, make_run, monkeypatch):
         ("nsa_no_slc", ["task=blocks"], "which branches=[cmp,win] has not"),
         ("nsa_random", ["task=blocks"], "needs blocks that the model chooses, not selection=random"),
         ("window", ["task=maps"], "needs a branch with a key for every token before, which branches=[win] has not"),
-        ("nsa", ["task=maps", "lengths=64,128"], "lengths=64,128: task=maps draws rows of one length; name one"),
+        ("nsa", ["task=maps,leaves"], "task=leaves is no task; say task= some of needle,"),
+        ("nsa", [], "task= is no task; say task= some of needle,"),
+        ("full", ["task=maps,blocks"], "of the arm full, and task=blocks needs a branch that selects blocks, which"),
+        ("nsa", ["task=maps", "lengths=513"], "lengths=513 is beyond the model's max_seq_len=512"),
         ("nsa", ["task=blocks", "lengths=32"], "first 20 held-out rows is longer than n l' = 32 tokens"),
     ],
 )
