@@ -132,7 +132,7 @@ def versions() -> dict[str, str]:
     from importlib import metadata
 
     found = {"python": sys.version.split()[0], "nsa_train": nsa_train.__version__}
-    for package in ("torch", "triton", "deepspeed", "transformers", "numpy", "sentencepiece", "wandb"):
+    for package in ("torch", "triton", "deepspeed", "transformers", "numpy", "sentencepiece", "wandb", "flash-attn-4"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

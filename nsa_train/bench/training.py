@@ -26,14 +26,16 @@ from nsa_train.bench.runs import MEASURED_ONLY, RECOMPUTED, parse_on_gpus, train
 from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
 from nsa_train.data.stages import largest_divisor
+from nsa_train.errors import NsaTrainError
 from nsa_train.plan.advice import need, room
 from nsa_train.plan.flops import training_flops
 from nsa_train.plan.speed import GPUS, kind_of
 
-LOG_EVERY = 5  # steps that a speed is a mean over
+LOG_EVERY, SPEEDS = 3, 3  # steps that a speed is a mean over, and so many of these at least
 PROFILE = ("profile=trace", "profile.skip=6", "profile.steps=1")
 KEY = ("preset", "attention", "T", "gpus", "zero", "micro_batch", "batch_rows", "checkpointing")  # of a row
-PROFILED = 10  # steps after which start-up, compilation and profile are over
+PROFILED = 9  # steps after which start-up, compilation and profile are over
+LEAST_STEPS = PROFILED + LOG_EVERY * SPEEDS
 
 
 def overrides_of(preset: str, arm: str, T: int, steps: int, gpus: int, rest: list[str]) -> list[str]:
@@ -88,7 +90,7 @@ def one_run(preset: str, arm: str, T: int, steps: int, gpus: int, rest: list[str
     row["command_s"] = run.command_s
     if run.error:
         return {**row, "error": run.error}
-    speeds = [r["tokens_per_s"] for r in run.logged if r["step"] > PROFILED]
+    speeds = [r["tokens_per_s"] for r in run.logged if r["step"] > PROFILED and r["step"] % LOG_EVERY == 0]
     kind = kind_of(torch.cuda.get_device_name())
     parts = json.loads((folder / name / "profile" / "parts.json").read_text())["parts"]
     return {
@@ -103,8 +105,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--presets", nargs="+", default=["r1"])
     parser.add_argument("--arms", nargs="+", default=["nsa", "full"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192], metavar="T")
-    parser.add_argument("--steps", type=int, default=45, help=f"of each run, more than {PROFILED + LOG_EVERY}")
+    parser.add_argument("--steps", type=int, default=45, help=f"of each run, {LEAST_STEPS} at least")
     args = parse_on_gpus(parser, arguments, "training on GPUs")
+    if args.steps < LEAST_STEPS:
+        raise NsaTrainError(f"bench training: --steps {args.steps} is too few for a speed; use {LEAST_STEPS} or more")
     rows: list[dict[str, Any]] = []
     name = f"training_{results.gpu_label()}"
     source = {"command": results.command_line(), "commit": args.commit or runtime.git_commit()}

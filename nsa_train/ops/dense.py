@@ -50,7 +50,7 @@ def choose_backend(q: Tensor, v: Tensor, lengths: Sequence[int], window: int | N
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
         return "torch"
     widths = q.shape[-1], v.shape[-1]
-    if widths in FLASH4_WIDTHS and flash4.kernels():
+    if window is None and widths in FLASH4_WIDTHS and flash4.kernels():
         return "flash4"
     if window is not None:
         return "varlen" if widths[0] == widths[1] else "efficient"
@@ -88,6 +88,12 @@ def places(lengths: tuple[int, ...], multiple: int, device: torch.device) -> Pla
     row = np.empty(sum(lengths), np.int64)
     row[token[real]] = np.flatnonzero(real)
     return Places(groups, *(_to_device(x, device) for x in (token, real, row)))
+
+
+@functools.lru_cache(maxsize=2)
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """[N + 1] int32, where documents begin and end."""
+    return _to_device(np.cumsum([0, *lengths], dtype=np.int32), device)
 
 
 def _to_device(x: np.ndarray, device: torch.device) -> Tensor:
@@ -151,7 +157,7 @@ def dense_attention(
             _log_once(backend, q.shape[-1], v.shape[-1])
     q, k, v = (x.contiguous() for x in (q, k, v))  # kernels want rows that begin at a multiple of 16 bytes
     if backend in ("flash4", "varlen"):
-        bounds = _to_device(np.cumsum([0, *lengths], dtype=np.int32), q.device)
+        bounds = _bounds(tuple(lengths), q.device)
         packed = flash4.packed_attention if backend == "flash4" else _varlen
         return packed(q, k, v, bounds, max(lengths), window, scale)
     at = places(tuple(lengths), CUDNN_TOKENS if backend == "cudnn" else 1, q.device)

@@ -30,8 +30,8 @@ class Kernels(NamedTuple):
 
 @functools.cache
 def kernels() -> Kernels | None:
-    """The package's functions; None where it is missing or broken, or the GPU is older than Hopper."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+    """The package's functions; None where it is missing or broken, or the GPU is no Hopper: untried on others."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return None
     try:
         from flash_attn.cute import flash_attn_varlen_func
@@ -83,7 +83,7 @@ def packed_attention(
     """
     package = kernels()
     if package is None:
-        raise RuntimeError("backend flash4: flash-attn-4 does not import here, or the GPU is older than Hopper")
+        raise RuntimeError("backend flash4: flash-attn-4 does not import here, or the GPU is no Hopper")
     options = {
         "cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest,
         "softmax_scale": scale, "causal": True,

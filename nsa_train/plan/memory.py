@@ -43,13 +43,19 @@ def states(config: Config, ranks: int) -> dict[str, float]:
     parameters = sum(total for total, _ in parameters_by_part(meta_model(config)).values())
     stage, width = config.parallel.zero_stage, dtype_of(config.trainer.dtype).itemsize
     on_gpu = 0 if config.parallel.offload_optimizer == "cpu" else 1
-    buckets = stage == 3 or (stage == 2 and ranks > 1)  # one rank of stage 2 has nothing to send
+    buckets = stage > 1 and not adds_at_once(config, ranks)
     return {
         "weights": parameters * width / (ranks if stage == 3 else 1),
         "gradients": parameters * (width if stage == 1 else FP32 / ranks),
         "optimizer": on_gpu * parameters * 3 * FP32 / ranks,
         "communication": min(BUCKET_ELEMENTS, parameters) * width if buckets else 0.0,
     }
+
+
+def adds_at_once(config: Config, ranks: int) -> bool:
+    """Whether gradients are added to their sums without buckets (`parallel.one_rank`)."""
+    parallel, bf16 = config.parallel, dtype_of(config.trainer.dtype).itemsize == 2
+    return ranks == 1 and bf16 and parallel.zero_stage == 2 and parallel.offload_optimizer == "none"
 
 
 def attention_bytes(config: Config) -> float:

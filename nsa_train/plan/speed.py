@@ -16,6 +16,7 @@ from nsa_train.config.schema import Config
 from nsa_train.data.stages import at_stage, stages_of
 from nsa_train.model.counts import meta_model, parameters_by_part
 from nsa_train.plan.flops import forward_flops
+from nsa_train.plan.memory import adds_at_once
 from nsa_train.runtime import dtype_of
 
 GPUS_OF_A_HOST = 8
@@ -42,6 +43,7 @@ Shares = Mapping[str, Mapping[int, float]]  # part -> size (`size_of`) -> share 
 
 # By `python scripts/fit_speed.py docs/results/training_<gpu>.json docs/results/attention_h100.json`, whose output
 # stands here: GPU time by `profile=trace`. Sizes 384 and 64 are preset r1, 1536 and 192 m, 2560 the paper's model.
+# `other` of an H200 is left out: its rows are from before one rank added gradients at once.
 H200: Shares = {
     "attention": {384: 0.372, 1536: 0.633},
     "attention, cmp": {64: 0.139, 192: 0.193},
@@ -136,15 +138,18 @@ def step_bytes(config: Config, ranks: int) -> dict[str, float]:
         # gradient, and fp32 weights and two moments read and written; weights
         "optimizer": parameters / ranks * (4 + 6 * 4 + width),
         # each micro-batch adds its gradients to a sum in fp32
-        "other": micro_batches * parameters * (width + 2 * 4 if ranks == 1 else _bucket_bytes(width, ranks)),
+        "other": micro_batches * parameters * _summed_bytes(config, ranks),
     }
     if len(a.branches) > 1:  # forward reads the branches' outputs and writes one, backward reads four
         found["attention, gates"] = tokens * m.layers * m.heads * m.value_dim * width * (8 + 4 * again)
     return found
 
 
-def _bucket_bytes(width: int, ranks: int) -> float:
-    """Read and written of a gradient's element on its way to the sum of its rank, as DeepSpeed's ZeRO 2 does it."""
+def _summed_bytes(config: Config, ranks: int) -> float:
+    """Read and written of a gradient's element on its way to the sum of its rank, by DeepSpeed's ZeRO 2 or at once."""
+    width = dtype_of(config.trainer.dtype).itemsize
+    if adds_at_once(config, ranks):
+        return width + 2 * 4
     sent = 3 * 2 * width + 2 * (width + 4)  # into the bucket, divided, flattened; to fp32 and back
     return sent + (3 * 4 + 4 + width) / ranks  # added in fp32 and copied back by the rank that keeps it
 

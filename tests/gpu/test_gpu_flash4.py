@@ -9,7 +9,7 @@ from nsa_train.ops.reference import attend, win_visible
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not flash4.kernels(), reason="flash-attn-4 does not import, or the GPU is older than Hopper"),
+    pytest.mark.skipif(not flash4.kernels(), reason="flash-attn-4 does not import, or the GPU is no Hopper"),
 ]
 LENGTHS = {
     "one": (700,),

@@ -57,3 +57,14 @@ def test_longer_passes_and_fewer_ranks_need_more_and_recomputation_less():
     assert gib(8, "trainer.micro_rows=4") > gib(8) + 10
     assert gib(8, "trainer.activation_checkpointing=true") < gib(8) - 10
     assert gib(8, "parallel=zero3") < gib(8)
+
+
+def test_buckets_are_there_where_gradients_travel_or_are_not_added_at_once():
+    def gib_of_buckets(ranks, *words):
+        return memory(load_config(["experiment=m", *words]), ranks).states["communication"] / 2**30
+
+    assert gib_of_buckets(1) == 0
+    assert gib_of_buckets(1, "trainer.dtype=fp32") > 0.7
+    for ranks, words in ((2, []), (1, ["parallel.offload_optimizer=cpu"]), (1, ["parallel=zero3"])):
+        assert 0.3 < gib_of_buckets(ranks, *words) < 0.4
+    assert gib_of_buckets(2, "parallel=zero1", "trainer.dtype=fp32") == 0

@@ -167,3 +167,16 @@ def test_no_speed_is_said_where_none_was_measured():
     config = load_config(["experiment=r1", "trainer.dtype=fp32"])
     assert "no speed" in plan(config)
     assert "tokens/s" not in plan(config)
+
+
+def test_sums_of_gradients_move_less_on_one_rank():
+    """An element of 2 bytes: read, and its fp32 sum read and written; through buckets 24 and, kept by a rank, 18."""
+
+    def bytes_of_an_element(ranks, *words):
+        config = alone("experiment=m", "trainer.batch_rows=24", *words, ranks=ranks)
+        found, micro_batches = speed.step_bytes(config, ranks)["other"], 24 / ranks / config.trainer.micro_rows
+        return found / micro_batches / speed._parameters(config)
+
+    assert bytes_of_an_element(1) == pytest.approx(10)
+    assert bytes_of_an_element(1, "parallel.offload_optimizer=cpu") == pytest.approx(42)
+    assert bytes_of_an_element(2) == pytest.approx(33)
