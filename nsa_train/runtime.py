@@ -127,16 +127,20 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
+OPTIONAL = ("flash-attn-4",)
+
+
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide a result."""
+    """Versions of the packages that decide a result; an optional one only where it is installed."""
     from importlib import metadata
 
     found = {"python": sys.version.split()[0], "nsa_train": nsa_train.__version__}
-    for package in ("torch", "triton", "deepspeed", "transformers", "numpy", "sentencepiece", "wandb", "flash-attn-4"):
+    for package in ("torch", "triton", "deepspeed", "transformers", "numpy", "sentencepiece", "wandb", *OPTIONAL):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "missing"
+            if package not in OPTIONAL:
+                found[package] = "missing"
     return found
 
 
