@@ -57,8 +57,8 @@ def one_run(case: Case, gpus: int, rest: list[str], folder: Path) -> dict[str, A
     row: dict[str, Any] = {
         "preset": preset, "attention": arm, "T": T, "micro_rows": micro_rows, "dtype": config.trainer.dtype,
         "checkpointing": config.trainer.activation_checkpointing, "recomputed": list(config.trainer.computed_again),
-        "zero": config.parallel.zero_stage, "gpus": gpus,
-        "overrides": [*own, *rest], "planned_gib": planned, "planned_total_gib": plan.total / GIB,
+        "zero": config.parallel.zero_stage, "gpus": gpus, "overrides": [*own, *rest], "planned_gib": planned,
+        "planned_total_gib": plan.total / GIB,
     }  # fmt: skip
     name = "-".join(str(word) for word in (*case[:4], row["dtype"], *row["recomputed"], row["zero"]))
     places = [f"name={name}", f"runs_dir={folder}", f"data.prepared_dir={folder}/prepared"]

@@ -58,12 +58,13 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def settings_of(row: dict[str, Any]) -> list[str]:
     """Overrides that decide the size of the run behind a row."""
-    return [
+    words = [
         f"experiment={row['preset']}", f"attention={row['attention']}", *row["overrides"],
         f"trainer.seq_len={row['T']}", f"trainer.micro_rows={row['micro_batch']}",
         f"trainer.batch_rows={row['batch_rows']}", f"trainer.activation_checkpointing={row['checkpointing']}",
-        *(f"trainer.recomputed=[{','.join(parts)}]" for parts in [parts_recomputed(row)] if parts),
     ]  # fmt: skip
+    parts = parts_recomputed(row)
+    return [*words, f"trainer.recomputed=[{','.join(parts)}]"] if parts else words
 
 
 def figures(

@@ -27,6 +27,7 @@ class Run(NamedTuple):
     words: tuple[str, ...] = ()
 
     def but(self, section: str, key: str, value: Any, word: str | None = None) -> Run:
+        """With that value, and the word that gives it where there was another."""
         if getattr(getattr(self.config, section), key) == value:
             return self
         changed = replace(self.config, **{section: replace(getattr(self.config, section), **{key: value})})
