@@ -14,6 +14,7 @@ from typing import Any
 
 from nsa_train.bench import memory
 from nsa_train.bench.figures import totals
+from nsa_train.bench.runs import parts_recomputed
 from nsa_train.bench.training import settings_of
 from nsa_train.config.load import load_config
 from nsa_train.plan.advice import GIB, need
@@ -92,7 +93,7 @@ def training() -> str:
     for path in sorted(RESULTS.glob("training_*.json")):
         result = json.loads(path.read_text())
         for row in result["rows"]:
-            again = "yes" if row["checkpointing"] else "no"
+            again = ", ".join(parts_recomputed(row)) or "no"
             planned = need(load_config(settings_of(row)), row["gpus"]).total / GIB
             words = [row["preset"], *(word for word in row["overrides"] if not word.startswith(RUN_KEYS))]
             model = " ".join(f"`{word}`" for word in words)

@@ -16,7 +16,7 @@ import torch
 
 from nsa_train import runtime
 from nsa_train.bench import results
-from nsa_train.bench.runs import MEASURED_ONLY, RECOMPUTED, parse_on_gpus, train_run
+from nsa_train.bench.runs import MEASURED_ONLY, RECOMPUTED, parse_on_gpus, parts_recomputed, train_run
 from nsa_train.config.load import load_config
 from nsa_train.plan.advice import GIB, need
 
@@ -32,6 +32,8 @@ CASES: tuple[Case, ...] = (
     ("r1", "nsa", 8192, 2, ("parallel=zero2", "trainer.dtype=fp32")),
     ("r2", "nsa", 8192, 4, ()),
     ("r2", "nsa", 8192, 4, (RECOMPUTED,)),
+    ("r2", "nsa", 8192, 4, (RECOMPUTED, "trainer.recomputed=[attention]")),
+    ("r2", "nsa", 8192, 4, (RECOMPUTED, "trainer.recomputed=[mlp]")),
     ("m", "nsa", 8192, 1, ()),
     ("m", "nsa", 65536, 1, (RECOMPUTED,)),
 )
@@ -54,10 +56,11 @@ def one_run(case: Case, gpus: int, rest: list[str], folder: Path) -> dict[str, A
     planned = {group: {part: size / GIB for part, size in parts.items()} for group, parts in vars(plan).items()}
     row: dict[str, Any] = {
         "preset": preset, "attention": arm, "T": T, "micro_rows": micro_rows, "dtype": config.trainer.dtype,
-        "checkpointing": config.trainer.activation_checkpointing, "zero": config.parallel.zero_stage, "gpus": gpus,
-        "overrides": [*own, *rest], "planned_gib": planned, "planned_total_gib": plan.total / GIB,
+        "checkpointing": config.trainer.activation_checkpointing, "recomputed": list(config.trainer.computed_again),
+        "zero": config.parallel.zero_stage, "gpus": gpus, "overrides": [*own, *rest], "planned_gib": planned,
+        "planned_total_gib": plan.total / GIB,
     }  # fmt: skip
-    name = "-".join(str(word) for word in (*case[:4], row["dtype"], row["checkpointing"], row["zero"]))
+    name = "-".join(str(word) for word in (*case[:4], row["dtype"], *row["recomputed"], row["zero"]))
     places = [f"name={name}", f"runs_dir={folder}", f"data.prepared_dir={folder}/prepared"]
     run = train_run(folder / name, [*overrides, *places], processes=gpus)
     if run.error:
@@ -73,12 +76,13 @@ def markdown(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for device, row in rows:
+        again = ", ".join(parts_recomputed(row))
         states, kept = (sum(row["planned_gib"][group].values()) for group in ("states", "kept"))
         passing = max(row["planned_gib"]["passing"].values())
         measured = "failed | -" if "error" in row else f"{row['peak_gib']:.1f} | {row['ratio']:.2f}"
         lines.append(
             f"| {row['gpus']} x {device} | `{row['preset']}`, {row['attention']} | {row['T'] // 1024}k | "
-            f"{row['micro_rows']} | {row['dtype']}{', recomputed' * row['checkpointing']} | {row['zero']} | "
+            f"{row['micro_rows']} | {row['dtype']}{again and f', recomputed: {again}'} | {row['zero']} | "
             f"{states:.1f} | {kept:.1f} | {passing:.1f} | {row['planned_total_gib']:.1f} | {measured} |"
         )
     return "\n".join(lines)

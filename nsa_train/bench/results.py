@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,13 @@ def command_line() -> str:
     return shlex.join([*program, *sys.argv[1:]])
 
 
-def with_earlier(path: Path, rows: list[dict[str, Any]], key: tuple[str, ...]) -> list[dict[str, Any]]:
+def with_earlier(
+    path: Path, rows: list[dict[str, Any]], key_of: Callable[[dict[str, Any]], Hashable]
+) -> list[dict[str, Any]]:
     """`rows` behind those of an earlier file that have another key: one command measures a part of a table."""
     earlier = json.loads(path.read_text())["rows"] if path.exists() else []
-    new = {tuple(row.get(k) for k in key) for row in rows}
-    return [*(row for row in earlier if tuple(row.get(k) for k in key) not in new), *rows]
+    new = {key_of(row) for row in rows}
+    return [*(row for row in earlier if key_of(row) not in new), *rows]
 
 
 def write_result(

@@ -24,6 +24,11 @@ MEASURED_ONLY = (  # what a run leaves out that nobody goes on with
 RECOMPUTED = "trainer.activation_checkpointing=true"
 
 
+def parts_recomputed(row: dict[str, Any]) -> list[str]:
+    """Of a layer, in the run behind a row of a benchmark; rows of before there was a choice do not name them."""
+    return row.get("recomputed", ["attention", "mlp"]) if row["checkpointing"] else []
+
+
 @dataclass(frozen=True)
 class Run:
     """command_s  seconds of the whole command; error  why it failed, or None; then `logged` and `summary` are empty

@@ -1,8 +1,8 @@
 """`nsa-train bench training`: tokens per second of whole training runs, by preset, arm and row length.
 
-A step and a forward pass have as many tokens as the preset's at its own row length, a row at least; activations are
-recomputed where the plan says that they do not fit the GPU. FLOPs are counted as if every row were one document: packs
-of short documents need fewer; what is recomputed does not count. `parts` are milliseconds of a step by part
+A step and a forward pass have as many tokens as the preset's at its own row length, a row at least; where the plan says
+that activations do not fit the GPU, it chooses what is recomputed. FLOPs are counted as if every row were one document:
+packs of short documents need fewer; what is recomputed does not count. `parts` are milliseconds of a step by part
 (`nsa_train.train.profile`), of one before those that are timed. Rows that the file has of other runs stay in it. A
 figure lies beside it.
 """
@@ -22,18 +22,18 @@ import torch
 from nsa_train import runtime
 from nsa_train.bench import results
 from nsa_train.bench.figures import plot_training
-from nsa_train.bench.runs import MEASURED_ONLY, RECOMPUTED, parse_on_gpus, train_run
+from nsa_train.bench.runs import MEASURED_ONLY, parse_on_gpus, parts_recomputed, train_run
 from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
 from nsa_train.data.stages import largest_divisor
 from nsa_train.errors import NsaTrainError
-from nsa_train.plan.advice import need, room
+from nsa_train.plan.advice import Run, need, recomputation, room
 from nsa_train.plan.flops import training_flops
 from nsa_train.plan.speed import GPUS, kind_of
 
 LOG_EVERY, SPEEDS = 3, 3  # steps that a speed is a mean over, and so many of these at least
 PROFILE = ("profile=trace", "profile.skip=6", "profile.steps=1")
-KEY = ("preset", "attention", "T", "gpus", "zero", "micro_batch", "batch_rows", "checkpointing")  # of a row
+KEY = ("preset", "attention", "T", "gpus", "zero", "micro_batch", "batch_rows", "checkpointing")
 PROFILED = 9  # steps after which start-up, compilation and profile are over
 LEAST_STEPS = PROFILED + LOG_EVERY * SPEEDS
 
@@ -48,17 +48,27 @@ def overrides_of(preset: str, arm: str, T: int, steps: int, gpus: int, rest: lis
         f"trainer.val_every={steps}", *MEASURED_ONLY, *PROFILE,
     ]  # fmt: skip
     kind = kind_of(torch.cuda.get_device_name())
-    fits = kind is None or need(load_config(words), gpus).total <= room(GPUS[kind])
-    return words if fits else [*words, RECOMPUTED]
+    if kind is None:
+        return words
+    run = Run(load_config(words), gpus, kind)
+    choices = [run, *recomputation(run)]  # none that fits: the one that recomputes most
+    return [*words, *next((c for c in choices if need(c.config, gpus).total <= room(GPUS[kind])), choices[-1]).words]
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells the runs behind rows apart."""
+    return (*(row.get(key) for key in KEY), *parts_recomputed(row))
 
 
 def settings_of(row: dict[str, Any]) -> list[str]:
     """Overrides that decide the size of the run behind a row."""
-    return [
+    words = [
         f"experiment={row['preset']}", f"attention={row['attention']}", *row["overrides"],
         f"trainer.seq_len={row['T']}", f"trainer.micro_rows={row['micro_batch']}",
         f"trainer.batch_rows={row['batch_rows']}", f"trainer.activation_checkpointing={row['checkpointing']}",
     ]  # fmt: skip
+    parts = parts_recomputed(row)
+    return [*words, f"trainer.recomputed=[{','.join(parts)}]"] if parts else words
 
 
 def figures(
@@ -82,7 +92,8 @@ def one_run(preset: str, arm: str, T: int, steps: int, gpus: int, rest: list[str
     row: dict[str, Any] = {
         "preset": preset, "attention": arm, "T": T, "gpus": gpus, "zero": config.parallel.zero_stage, "ep": 1, "sp": 1,
         "micro_batch": largest_divisor(per_rank, config.trainer.micro_rows), "batch_rows": config.trainer.batch_rows,
-        "checkpointing": config.trainer.activation_checkpointing, "overrides": rest,
+        "checkpointing": config.trainer.activation_checkpointing, "recomputed": list(config.trainer.computed_again),
+        "overrides": rest,
     }  # fmt: skip
     name = f"{preset}-{arm}-{T}"
     places = [f"name={name}", f"runs_dir={folder}", f"data.prepared_dir={folder}/prepared"]
@@ -116,7 +127,7 @@ def main(arguments: list[str]) -> int:
         for preset, T, arm in product(args.presets, args.lengths, args.arms):
             rows.append(one_run(preset, arm, T, args.steps, args.gpus, args.set, Path(folder)) | source)
             runtime.log.info("%s", rows[-1])
-            every = results.with_earlier(args.out / f"{name}.json", rows, KEY)
+            every = results.with_earlier(args.out / f"{name}.json", rows, key_of)
             written = results.write_result(name, "training", every, args.commit, args.out)
             plot_training(json.loads(written.read_text()), written.with_suffix(".png"))
     runtime.log.info("%s", written)

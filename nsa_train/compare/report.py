@@ -11,9 +11,8 @@ import numpy as np
 
 from nsa_train.compare.cuts import WHOLE, losses_of, paired_differences
 from nsa_train.compare.levels import levels, reached, secondary
-from nsa_train.compare.runs import Arms, Run
+from nsa_train.compare.runs import ARM_KEYS, Arms, Run
 from nsa_train.compare.statistics import spread
-from nsa_train.config.schema import ARM_KEYS
 
 # What a row of `nsa-train eval` is called in the report, and what the report takes from it.
 EVALUATED = {

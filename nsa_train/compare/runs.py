@@ -22,6 +22,11 @@ from nsa_train.train.heldout import HELDOUT, HeldOut
 from nsa_train.train.metrics import METRICS, read_metrics
 
 BASELINE, NSA = "full", "nsa"
+# In which arms of a comparison may differ, beside the learning rate that each one tunes.
+ARM_KEYS = (
+    "attention.branches", "attention.gate", "attention.phi", "attention.shared_kv", "attention.selection",
+    "moe.expert_width",
+)  # fmt: skip
 PROOFS = ("corpus", "rows_fingerprint", "initial_weights_sha256")  # of the manifest
 
 
@@ -199,7 +204,7 @@ def _one_recipe(runs: Sequence[Run]) -> Iterator[str]:
             for key, (a, b) in differing(recipes[id(run)], recipes[id(sibling)], free).items():
                 yield f"{run.path}: {key}={a!r}, but {sibling.path} of the same arm has {b!r}"
         elif number:
-            other_arm = (*free, *schema.ARM_KEYS, "arm", "optim.lr")
+            other_arm = (*free, *ARM_KEYS, "arm", "optim.lr")
             for key, (a, b) in differing(recipes[id(run)], recipes[id(runs[0])], other_arm).items():
                 yield f"{run.path}: {key}={a!r}, but {runs[0].path} has {b!r}, and that is no key of an arm"
 

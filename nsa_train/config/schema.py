@@ -14,18 +14,18 @@ from typing import Any, Literal
 from nsa_train.config import deepspeed_keys
 
 Branch = Literal["cmp", "slc", "win", "full"]
+LayerPart = Literal["attention", "mlp"]
 BRANCH_LISTS = (("full",), ("win",), ("cmp", "slc", "win"), ("cmp", "win"), ("cmp", "slc"))
-# In which arms of a comparison may differ, beside the learning rate that each one tunes.
-ARM_KEYS = (
-    "attention.branches", "attention.gate", "attention.phi", "attention.shared_kv", "attention.selection",
-    "moe.expert_width",
-)  # fmt: skip
 YEAR_S = 365 * 86400
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def _not_positive(section: object, *keys: str) -> list[str]:
     return [f"{key}={getattr(section, key)} must be positive" for key in keys if getattr(section, key) <= 0]
+
+
+def _negative(section: object, *keys: str) -> list[str]:
+    return [f"{key}={getattr(section, key)} must not be negative" for key in keys if getattr(section, key) < 0]
 
 
 def _mixture_problems(mixture: dict[str, float]) -> list[str]:
@@ -93,9 +93,7 @@ class AttentionConfig:
 
     def problems(self) -> list[str]:
         sizes = ("cmp_block", "cmp_stride", "slc_block", "slc_count", "slc_local", "window")
-        found = _not_positive(self, *sizes)
-        if self.slc_init < 0:
-            found.append(f"slc_init={self.slc_init} must not be negative")
+        found = _not_positive(self, *sizes) + _negative(self, "slc_init")
         if self.branches not in BRANCH_LISTS:
             choices = " or ".join("[" + ",".join(names) + "]" for names in BRANCH_LISTS)
             found.append(f"branches=[{','.join(self.branches)}] is not trainable; use {choices}")
@@ -129,8 +127,7 @@ class MoEConfig:
 
     def problems(self) -> list[str]:
         found = _not_positive(self, "experts", "top_k", "expert_width", "routed_scale")
-        found += [f"{k}={getattr(self, k)} must not be negative" for k in ("shared", "bias_rate", "aux_weight")
-                  if getattr(self, k) < 0]  # fmt: skip
+        found += _negative(self, "shared", "bias_rate", "aux_weight")
         if self.top_k > self.experts:
             found.append(f"top_k={self.top_k} must lie between 1 and experts={self.experts}")
         return found
@@ -240,9 +237,7 @@ class OptimConfig:
         found = _not_positive(self, "lr", "eps")
         found += [f"{k}={getattr(self, k)} must lie in [0, 1)" for k in ("beta1", "beta2")
                   if not 0 <= getattr(self, k) < 1]  # fmt: skip
-        found += [f"{k}={getattr(self, k)} must not be negative" for k in ("weight_decay", "clip")
-                  if getattr(self, k) < 0]  # fmt: skip
-        return found
+        return found + _negative(self, "weight_decay", "clip")
 
 
 @dataclass(frozen=True)
@@ -304,6 +299,7 @@ class TrainerConfig:
     micro_rows: int  # rows in one forward pass of one rank, at most
     dtype: Literal["auto", "bf16", "fp32"]  # auto: bf16 on a GPU, fp32 on a CPU
     activation_checkpointing: bool
+    recomputed: tuple[LayerPart, ...]  # parts of a layer that activation checkpointing computes again
     compile: bool  # torch.compile each layer's attention around the NSA op
     cuda_graphs: bool  # on a GPU: record a micro-batch's forward and backward pass once, replay it from then on
     loss_chunk_tokens: int  # logits exist for so many tokens at once
@@ -329,7 +325,14 @@ class TrainerConfig:
             found.append(f"spike_sigmas={self.spike_sigmas} must not be negative; 0 switches it off")
         if self.spike_window < 2:
             found.append(f"spike_window={self.spike_window} has no deviation; use at least 2 steps")
+        if len(set(self.recomputed)) != max(1, len(self.recomputed)):
+            found.append(f"recomputed=[{','.join(self.recomputed)}] must name attention, mlp or both, each once")
         return found
+
+    @property
+    def computed_again(self) -> tuple[LayerPart, ...]:
+        """Parts of a layer whose forward pass the backward pass repeats."""
+        return self.recomputed if self.activation_checkpointing else ()
 
 
 @dataclass(frozen=True)
@@ -395,9 +398,7 @@ class ProfileConfig:
     skip: int  # steps before them, and one more to warm the profiler up
 
     def problems(self) -> list[str]:
-        return [
-            f"{key}={getattr(self, key)} must not be negative" for key in ("steps", "skip") if getattr(self, key) < 0
-        ]
+        return _negative(self, "steps", "skip")
 
 
 @dataclass(frozen=True)
@@ -426,8 +427,7 @@ class Config:
         found = []
         if not SAFE_NAME.fullmatch(self.name):
             found.append(f"name={self.name!r} may hold letters, digits and . _ - only, 100 at most")
-        if self.seed < 0:
-            found.append(f"seed={self.seed} must not be negative")
+        found += _negative(self, "seed")
         rows = {"trainer": self.trainer.seq_len}
         rows |= {f"stages.parts.{name}": part.seq_len for name, part in self.stages.parts.items()}
         for place, seq_len in rows.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
-from nsa_train.config.schema import AttentionConfig, ModelConfig, MoEConfig
+from nsa_train.config.schema import AttentionConfig, LayerPart, ModelConfig, MoEConfig
 from nsa_train.model.attention import Attended, Attention, Layout, Probe
 from nsa_train.model.layers import RMSNorm, SumNorm, SwiGLU, fixed_starts, normal, rope_angles
 from nsa_train.model.moe import MoE
@@ -44,18 +44,18 @@ class Layer(nn.Module):
         self.attention = Attention(model, attention)
         self.mlp_norm = SumNorm(model.width, model.norm_eps)
         self.mlp = SwiGLU(model.width, (moe.top_k + moe.shared) * moe.expert_width) if dense else MoE(model.width, moe)
-        self.recompute = False
+        self.recomputed: Collection[LayerPart] = ()
 
     def forward(self, x: Tensor, layout: Layout, probe: Probe | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """[T, M] -> [T, M], and the balance loss and load of a mixture of experts."""
-        attended = self._maybe_again(self._attend, x, layout, probe)
+        attended = self._maybe_again("attention", self._attend, x, layout, probe)
         with record_function("norms"):
             x, h = self.mlp_norm(x, attended)
         if isinstance(self.mlp, SwiGLU):
-            return x + self._maybe_again(self._dense, h), None, None
+            return x + self._maybe_again("mlp", self._dense, h), None, None
         with record_function("router"):
             routing = self.mlp.router(h, layout.packing.cu_seqlens)
-        return x + self._maybe_again(self._experts, h, routing), routing.balance, routing.load
+        return x + self._maybe_again("mlp", self._experts, h, routing), routing.balance, routing.load
 
     def _attend(self, x: Tensor, *rest: Any) -> Tensor:
         with record_function("norms"):
@@ -71,9 +71,10 @@ class Layer(nn.Module):
         with record_function("experts"):
             return self.mlp(x, routing)
 
-    def _maybe_again(self, part: Any, *inputs: Any) -> Tensor:
+    def _maybe_again(self, part: LayerPart, run: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """Activation checkpointing; non-reentrant is the only kind that ZeRO takes."""
-        return checkpoint(part, *inputs, use_reentrant=False) if self.recompute and self.training else part(*inputs)
+        again = part in self.recomputed and self.training
+        return checkpoint(run, *inputs, use_reentrant=False) if again else run(*inputs)
 
 
 class Transformer(nn.Module):
@@ -118,9 +119,10 @@ class Transformer(nn.Module):
         with ThreadPoolExecutor() as threads:  # each parameter has its own generator, which one core runs
             list(threads.map(lambda item: item[1].detach().copy_(made[item[0]]()), self.named_parameters()))
 
-    def recompute_activations(self, on: bool) -> None:
+    def recompute_activations(self, parts: Collection[LayerPart]) -> None:
+        """In training, have the backward pass compute these parts of every layer again instead of keeping them."""
         for layer in self.layers:
-            layer.recompute = on  # type: ignore[assignment]
+            layer.recomputed = parts  # type: ignore[assignment]
 
     def compile_attention(self) -> None:
         """Compile each layer's attention: norms, projections, positions and gates around the op fuse."""

@@ -7,24 +7,29 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from nsa_train.config.schema import Config
+from nsa_train.config.schema import Config, LayerPart
 from nsa_train.data.stages import at_stage, stages_of
 from nsa_train.plan.memory import Memory, memory
-from nsa_train.plan.speed import Gpu
+from nsa_train.plan.speed import GPUS, Gpu, run_seconds
 
 GIB = 2**30
 CONTEXT_GIB = 2  # of CUDA, its libraries and what an allocator leaves unused
 SMALLEST_CHUNK = 512  # tokens; fewer logits at once only cost time
+RECOMPUTED: tuple[tuple[LayerPart, ...], ...] = (("mlp",), ("attention",), ("attention", "mlp"))
 
 
 class Run(NamedTuple):
-    """A configuration on so many GPUs, and the words that led to it."""
+    """A configuration on so many GPUs of a kind, and the words that led to it."""
 
     config: Config
     ranks: int
+    kind: str  # a key of `GPUS`
     words: tuple[str, ...] = ()
 
     def but(self, section: str, key: str, value: Any, word: str | None = None) -> Run:
+        """With that value, and the word that gives it where there was another."""
+        if getattr(getattr(self.config, section), key) == value:
+            return self
         changed = replace(self.config, **{section: replace(getattr(self.config, section), **{key: value})})
         return self._replace(config=changed, words=(*self.words, word or f"{section}.{key}={value}"))
 
@@ -46,12 +51,12 @@ def largest_part(found: Memory) -> tuple[str, float]:
     return max(parts, key=lambda item: item[1])
 
 
-def first_that_fits(config: Config, ranks: int, gpu: Gpu) -> Run | None:
-    """The change with the fewest keys that fits, of several the first in the order of `CHANGES`; None: no change."""
+def first_that_fits(config: Config, ranks: int, kind: str) -> Run | None:
+    """The fewest of `CHANGES` that fit, of several the first in the order of `CHANGES`; None: no change."""
     for number in range(1, len(CHANGES) + 1):
         for changes in combinations(CHANGES, number):
-            for run in _applied(changes, Run(config, ranks)):
-                if need(run.config, run.ranks).total <= room(gpu):
+            for run in _applied(changes, Run(config, ranks, kind)):
+                if need(run.config, run.ranks).total <= room(GPUS[kind]):
                     return run
     return None
 
@@ -74,9 +79,15 @@ def _fewer_rows(run: Run) -> Iterator[Run]:
             yield run.but("trainer", "micro_rows", micro_rows)
 
 
-def _recomputation(run: Run) -> Iterator[Run]:
-    if not run.config.trainer.activation_checkpointing:
-        yield run.but("trainer", "activation_checkpointing", True, "trainer.activation_checkpointing=true")
+def recomputation(run: Run) -> Iterator[Run]:
+    """Of other parts than now, or of more; the choice that takes least time first."""
+    on = run.but("trainer", "activation_checkpointing", True, "trainer.activation_checkpointing=true")
+    choices = [
+        on.but("trainer", "recomputed", parts, f"trainer.recomputed=[{','.join(parts)}]")
+        for parts in RECOMPUTED
+        if not set(parts) <= set(run.config.trainer.computed_again)
+    ]
+    yield from sorted(choices, key=lambda choice: run_seconds(choice.config, run.kind, run.ranks))
 
 
 def _sharded_weights(run: Run) -> Iterator[Run]:
@@ -104,4 +115,4 @@ def _smaller_chunks(run: Run) -> Iterator[Run]:
 
 
 # In this order: what costs least to try, and changes least, first.
-CHANGES = (_fewer_rows, _recomputation, _sharded_weights, _more_gpus, _host_optimizer, _smaller_chunks)
+CHANGES = (_fewer_rows, recomputation, _sharded_weights, _more_gpus, _host_optimizer, _smaller_chunks)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from nsa_train.config.schema import Config
 from nsa_train.model.counts import meta_model, parameters_by_part
 
 
 def keys_read(config: Config) -> dict[str, float]:
     """Keys that a query reads in each branch, mean over the queries of one document of seq_len tokens."""
-    a, L = config.attention, config.trainer.seq_len
-    compressed = [max(0, (t + 1 - a.cmp_block) // a.cmp_stride + 1) for t in range(L)]
-    selected = [min(t + 1, (a.slc_count - 1) * a.slc_block + t % a.slc_block + 1) for t in range(L)]
-    window = [min(t + 1, a.window) for t in range(L)]
-    mean = {"full": (L + 1) / 2, "cmp": sum(compressed) / L, "slc": sum(selected) / L, "win": sum(window) / L}
-    return {branch: mean[branch] for branch in a.branches}
+    a, t = config.attention, np.arange(config.trainer.seq_len)
+    keys = {
+        "full": t + 1,
+        "cmp": np.maximum(0, (t + 1 - a.cmp_block) // a.cmp_stride + 1),
+        "slc": np.minimum(t, (a.slc_count - 1) * a.slc_block + t % a.slc_block) + 1,
+        "win": np.minimum(t + 1, a.window),
+    }
+    return {branch: float(keys[branch].mean()) for branch in a.branches}
 
 
 def attention_flops(config: Config) -> dict[str, float]:

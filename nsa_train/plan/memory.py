@@ -98,10 +98,10 @@ def kept(config: Config, tokens: int) -> dict[str, float]:
     m, width = config.model, dtype_of(config.trainer.dtype).itemsize
     sparse = m.layers - m.dense_layers
     residual = (m.width * width + FP32) * tokens  # what a norm keeps: its input, and a number
-    again = config.trainer.activation_checkpointing
-    attention = 0.0 if again else m.layers * attention_bytes(config) * tokens
-    experts = routing_bytes(config) if again else experts_bytes(config)
-    dense = m.width * width if again else dense_bytes(config)
+    again = config.trainer.computed_again
+    attention = 0.0 if "attention" in again else m.layers * attention_bytes(config) * tokens
+    experts = routing_bytes(config) if "mlp" in again else experts_bytes(config)
+    dense = m.width * width if "mlp" in again else dense_bytes(config)
     return {
         "attention": attention,
         "experts": sparse * experts * tokens,
@@ -114,7 +114,7 @@ def kept(config: Config, tokens: int) -> dict[str, float]:
 def passing(config: Config, tokens: int) -> dict[str, float]:
     """What comes and goes: the backward passes of the head, of an expert layer and of an attention layer."""
     m, a, e = config.model, config.attention, config.moe
-    width, again = dtype_of(config.trainer.dtype).itemsize, config.trainer.activation_checkpointing
+    width, again = dtype_of(config.trainer.dtype).itemsize, config.trainer.computed_again
     logits = min(config.trainer.loss_chunk_tokens, tokens) * m.vocab * width  # they become their gradient
     summed = m.vocab * m.width * (FP32 + (width if width < FP32 else 0))  # the weight's gradient, and rounded
     head = logits + summed + tokens * m.width * width
@@ -125,6 +125,9 @@ def passing(config: Config, tokens: int) -> dict[str, float]:
         sums = chunks * tokens // a.cmp_stride * m.kv_heads * (m.key_dim + m.value_dim) * FP32
         lists = 2 * tokens * m.kv_heads * a.slc_count * FP32
         attention += max(sums, SCRATCH_BYTES, lists)
-    if again:  # the part that is computed once more lies there in whole
-        experts, attention = experts + tokens * experts_bytes(config), attention + tokens * attention_bytes(config)
+    # A part that is computed once more lies there in whole.
+    if "mlp" in again:
+        experts += tokens * experts_bytes(config)
+    if "attention" in again:
+        attention += tokens * attention_bytes(config)
     return {"head backward": head, "experts backward": experts, "attention backward": attention}

@@ -109,10 +109,11 @@ def _row(name: str, values: Sequence[str]) -> str:
 
 def _memory(config: Config, kind: str, counts: Sequence[int]) -> str:
     trainer, dtype = config.trainer, dtype_of(config.trainer.dtype)
+    again = ", ".join(trainer.computed_again)
     by_count = [need(config, ranks) for ranks in counts]
     lines = [
         f"GiB per rank, {str(dtype)[6:]}, ZeRO {config.parallel.zero_stage}, {trainer.micro_rows} rows of "
-        f"{trainer.seq_len} tokens in a forward pass at most" + ", recomputed" * trainer.activation_checkpointing,
+        f"{trainer.seq_len} tokens in a forward pass at most" + (again and f", recomputed: {again}"),
         _row("GPUs", [str(ranks) for ranks in counts]),
     ]
     for group in ("states", "kept", "passing"):
@@ -130,7 +131,7 @@ def _verdict(config: Config, kind: str, ranks: int) -> str:
     if found.total <= room(gpu):
         return f"  fits {ranks} x {kind} ({free})"
     part, size = largest_part(found)
-    change = first_that_fits(config, ranks, gpu)
+    change = first_that_fits(config, ranks, kind)
     way = "no key makes it fit: shorter rows or a smaller model"
     if change:
         way = f"{' '.join(change.words)} fits, with {need(change.config, change.ranks).total / GIB:,.1f} GiB"

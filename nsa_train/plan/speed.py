@@ -89,6 +89,7 @@ PART_OF = {  # of `flops`, where the profile has other names
     "queries and output": ATTENTION, "keys and values": ATTENTION, "gates": ATTENTION, "compression": ATTENTION,
     "shared experts": "experts", "routed experts": "experts", "importance": "attention, selection",
 }  # fmt: skip
+MLP = ("dense MLP", "experts")
 
 
 def kind_of(device_name: str) -> str | None:
@@ -115,10 +116,12 @@ def step_flops(config: Config, ranks: int) -> dict[str, float]:
     """FLOPs that a rank executes in a step, in the parts that compute: backward is twice forward."""
     tokens = _tokens(config, ranks)
     found: dict[str, float] = {}
+    again = config.trainer.computed_again
     for name, forward in forward_flops(config).items():
         part = PART_OF.get(name, name)
         times = 1 if name == "importance" else 3
-        times += part == "head" or config.trainer.activation_checkpointing  # the loss always computes logits again
+        times += part == "head"  # the loss always computes logits again
+        times += ("attention" in again and part.startswith(ATTENTION)) or ("mlp" in again and part in MLP)
         found[part] = found.get(part, 0.0) + times * forward * tokens
     del found["router"]
     return found
@@ -127,7 +130,7 @@ def step_flops(config: Config, ranks: int) -> dict[str, float]:
 def step_bytes(config: Config, ranks: int) -> dict[str, float]:
     """Bytes that a rank reads and writes in a step, in the parts that do little else."""
     m, a, tokens = config.model, config.attention, _tokens(config, ranks)
-    width, again = dtype_of(config.trainer.dtype).itemsize, config.trainer.activation_checkpointing
+    width, again = dtype_of(config.trainer.dtype).itemsize, "attention" in config.trainer.computed_again
     parameters, micro_batches = _parameters(config), config.trainer.batch_rows / ranks / config.trainer.micro_rows
     found = {
         # forward reads and writes a row, backward reads two and writes one, those before attention perhaps once more;

@@ -131,7 +131,7 @@ class _Run:
         dtype = runtime.dtype_of(trainer.dtype)
         with torch.device("meta"):
             self.model = Transformer(config.model, config.attention, config.moe)
-        self.model.recompute_activations(trainer.activation_checkpointing)
+        self.model.recompute_activations(trainer.computed_again)
         if trainer.compile:
             self.model.compile_attention()
         self.parameters = count_parameters(self.model)

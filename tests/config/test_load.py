@@ -210,6 +210,10 @@ def test_one_file_of_a_group_lists_every_key_and_the_others_only_what_differs(gr
             "parallel.deepspeed.zero_optimization.sub_group_size=-1 must be a whole number",
         ),
         ("trainer.seq_len=70000", "trainer.seq_len=70000 is beyond model.max_seq_len=65536"),
+        ("trainer.recomputed=[]", "trainer.recomputed=[] must name attention, mlp or both, each once"),
+        ("trainer.recomputed=[mlp,mlp]", "trainer.recomputed=[mlp,mlp] must name attention, mlp or both, each once"),
+        ("trainer.recomputed=[mlp,router]", "trainer.recomputed=['mlp', 'router'] must be one of attention, mlp"),
+        ("trainer.recomputed=mlp", "trainer.recomputed='mlp' must be a list"),
         ("trainer.seq_len=1", "trainer.seq_len=1 leaves nothing to predict"),
     ],
 )

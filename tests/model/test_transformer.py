@@ -114,11 +114,12 @@ def test_every_parameter_gets_a_gradient(arm):
             assert gradient.abs().amax((1, 2))[out.load[0] > 0].min() > 0, name
 
 
+@pytest.mark.parametrize("parts", [("attention",), ("mlp",), ("attention", "mlp")], ids=",".join)
 @pytest.mark.parametrize("arm", ["full", "nsa"])
-def test_recomputing_activations_changes_no_bit_and_routes_once(arm):
+def test_recomputing_changes_no_bit_and_runs_the_named_parts_twice_and_all_else_once(arm, parts):
     plain, again = (build(ARMS[arm], layers=3).train() for _ in range(2))
-    again.recompute_activations(True)
-    calls = {"router": 0, "attention": 0}
+    again.recompute_activations(parts)
+    calls = {"router": 0, "attention": 0, "mlp": 0}
 
     def count(name):
         def hook(*_):
@@ -128,11 +129,12 @@ def test_recomputing_activations_changes_no_bit_and_routes_once(arm):
 
     for layer in again.layers:
         layer.attention.register_forward_pre_hook(count("attention"))
+        layer.mlp.register_forward_pre_hook(count("mlp"))
     for router in again.routers():
         router.register_forward_pre_hook(count("router"))
     want, want_out = gradients_of(plain, rows())
     got, got_out = gradients_of(again, rows())
-    assert calls == {"router": 2, "attention": 6}
+    assert calls == {"router": 2} | {part: 6 if part in parts else 3 for part in ("attention", "mlp")}
     assert torch.equal(got_out.token_losses, want_out.token_losses)
     assert torch.equal(got_out.load, want_out.load)
     assert got_out.load.sum(1).tolist() == [sum(LENGTHS) * MOE.top_k] * 2

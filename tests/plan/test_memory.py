@@ -26,13 +26,16 @@ def as_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize("recomputed", [False, True])
-@pytest.mark.parametrize("arm", ["nsa", "nsa_shared_kv"])
-def test_what_is_kept_is_what_the_plan_says(arm, recomputed):
-    config = load_config([*SIZES, f"attention={arm}", f"trainer.activation_checkpointing={recomputed}"])
+@pytest.mark.parametrize(
+    ("arm", "parts"),
+    [*(("nsa", parts) for parts in ((), ("attention",), ("mlp",), ("attention", "mlp"))), ("nsa_shared_kv", ())],
+)
+def test_what_is_kept_is_what_the_plan_says(arm, parts):
+    chosen = ["trainer.activation_checkpointing=true", f"trainer.recomputed=[{','.join(parts)}]"] if parts else []
+    config = load_config([*SIZES, f"attention={arm}", *chosen])
     model = Transformer(config.model, config.attention, config.moe)
     model.start(0)
-    model.recompute_activations(recomputed)
+    model.recompute_activations(parts)
     T = config.trainer.seq_len
     tokens, packing = torch.arange(T) % config.model.vocab, Packing.from_lengths([T])
     own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
@@ -68,3 +71,15 @@ def test_buckets_are_there_where_gradients_travel_or_are_not_added_at_once():
     for ranks, words in ((2, []), (1, ["parallel.offload_optimizer=cpu"]), (1, ["parallel=zero3"])):
         assert 0.3 < gib_of_buckets(ranks, *words) < 0.4
     assert gib_of_buckets(2, "parallel=zero1", "trainer.dtype=fp32") == 0
+
+
+@pytest.mark.parametrize("parts", [("attention",), ("mlp",), ("attention", "mlp")], ids=",".join)
+def test_only_parts_that_are_recomputed_are_not_kept_and_pass_in_whole(parts):
+    plain = memory(load_config(["experiment=m"]), 1)
+    chosen = ["trainer.activation_checkpointing=true", f"trainer.recomputed=[{','.join(parts)}]"]
+    again = memory(load_config(["experiment=m", *chosen]), 1)
+    less = {name: again.kept[name] < size for name, size in plain.kept.items()}
+    more = {name: again.passing[name] > size for name, size in plain.passing.items()}
+    attention, mlp = "attention" in parts, "mlp" in parts
+    assert less == dict.fromkeys(less, False) | {"attention": attention, "experts": mlp, "dense MLP": mlp}
+    assert more == {"head backward": False, "experts backward": mlp, "attention backward": attention}

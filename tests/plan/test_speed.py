@@ -95,13 +95,21 @@ def test_longer_rows_are_slower_most_of_all_for_full_attention():
     assert slower("full") > 1.3 * slower("nsa") > 1.3
 
 
-def test_recomputation_takes_a_forward_pass_more_of_what_is_recomputed():
+@pytest.mark.parametrize("parts", ["[attention]", "[mlp]", "[attention,mlp]"])
+def test_recomputation_takes_a_forward_pass_more_of_what_is_recomputed(parts):
     once, again = (
-        speed.step_seconds(alone("experiment=r1", f"trainer.activation_checkpointing={on}"), "h100", 1)
+        speed.step_seconds(
+            alone("experiment=r1", f"trainer.activation_checkpointing={on}", f"trainer.recomputed={parts}"), "h100", 1
+        )
         for on in (False, True)
     )
     ratio = {part: again[part] / seconds for part, seconds in once.items()}
     assert {ratio.pop(part) for part in ("head", "router", "optimizer", "other")} == {1.0}
+    mlp = {part: ratio.pop(part) for part in ("experts", "dense MLP")}
+    assert mlp == pytest.approx(dict.fromkeys(mlp, 4 / 3 if "mlp" in parts else 1))
+    if "attention" not in parts:
+        assert set(ratio.values()) == {1.0}
+        return
     assert ratio.pop("attention, selection") == pytest.approx(2)
     assert 1 < ratio.pop("norms") < 4 / 3 < ratio.pop("attention, gates")
     assert ratio == pytest.approx(dict.fromkeys(ratio, 4 / 3))

@@ -30,6 +30,7 @@ LAYOUTS = {
     "accumulation 1": (1, ["trainer.micro_rows=4"]),
     "accumulation 4": (1, ["trainer.micro_rows=1"]),
     "recomputed": (1, [RECOMPUTED]),
+    "recomputed mlp": (1, [RECOMPUTED, "trainer.recomputed=[mlp]"]),
     "ZeRO 1, 2 processes": (2, ["parallel=zero1"]),
     "ZeRO 2, 2 processes": (2, ["parallel=zero2"]),
     "ZeRO 2, 2 processes, offloaded": (2, ["parallel.offload_optimizer=cpu"]),
