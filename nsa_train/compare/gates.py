@@ -205,9 +205,9 @@ def initial_loss(subject: Subject) -> Finding:
 # Equivalences ---------------------------------------------------------------------------------------------------------
 
 
-def _only(subject: Subject, branch: str, vocab: int) -> tuple[Transformer, Transformer]:
+def _only(subject: Subject, branch: str, **fields: Any) -> tuple[Transformer, Transformer]:
     """The arm with the gate of one branch open and the others shut, and full attention with the same weights."""
-    arm, full = subject.model(vocab=vocab), subject.model(full=True, vocab=vocab)
+    arm, full = subject.model(**fields), subject.model(full=True, **fields)
     attention = subject.config.attention
     state, theirs = arm.state_dict(), full.state_dict()
     own, plain = f".kv.{kv_name(branch, attention)}.", f".kv.{OWN_KV['full']}."
@@ -221,13 +221,17 @@ def _only(subject: Subject, branch: str, vocab: int) -> tuple[Transformer, Trans
 
 @torch.no_grad()
 def equals_full(subject: Subject, branch: str) -> Finding | None:
-    """A branch that can see every token is full attention: slc up to n l' tokens, win up to w."""
+    """A branch that can see every token is full attention: slc up to n l' tokens, win up to w.
+
+    Embeddings are as small as what the layers add: beside large ones attention would hardly show in the logits.
+    """
     if branch not in subject.config.attention.branches:
         return None
     vocab = subject.config.model.vocab
     length = subject.config.attention.window if branch == "win" else subject.selected_tokens
     tokens, _, packing = subject.random((length, length // 2 + 1), vocab, branch)
-    ours, theirs = (subject.place(model).logits(tokens, packing).float() for model in _only(subject, branch, vocab))
+    models = _only(subject, branch, vocab=vocab, embedding_std=subject.config.model.init_std)
+    ours, theirs = (subject.place(model).logits(tokens, packing).float() for model in models)
     error, bound = float((ours - theirs).norm() / theirs.norm()), RELATIVE_RMS[subject.dtype]
     return Finding(error <= bound, f"relative rms of logits {error:.1e}", f"at most {bound:g}")
 
@@ -238,7 +242,7 @@ def first_steps(subject: Subject) -> Finding | None:
         return None
     batch = subject.random((subject.selected_tokens,), subject.vocab, "first steps")
     curves = []
-    for model in _only(subject, "slc", subject.vocab):
+    for model in _only(subject, "slc", vocab=subject.vocab):
         curves.append(list(subject.train(model, _repeated(batch), EQUAL_STEPS)))
     gap, bound = max(abs(a - b) for a, b in zip(*curves, strict=True)), STEP_NATS[subject.dtype]
     fell = curves[1][0] - curves[1][-1]

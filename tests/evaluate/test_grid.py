@@ -92,7 +92,7 @@ def test_the_heat_map_is_drawn(tmp_path):
 
 def test_options_are_read():
     options = Options.parse(["task=needle", "lengths=[512,1024]", "samples=3"])
-    assert options == Options("needle", (512, 1024), 21, 3)
+    assert options == Options(("needle",), (512, 1024), 21, 3)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_options_are_read():
     [
         (
             ["task=needles"],
-            "no task; say task= one of needle, multikey, vartrace, mqar, heldout, blocks, maps",
+            "no task; say task= some of needle, multikey, vartrace, mqar, heldout, blocks, maps",
         ),
         ([], "task= is no task"),
         (["task=needle", "lengths=8k"], "lengths=8k must be numbers from 1 on"),

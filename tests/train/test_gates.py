@@ -92,6 +92,27 @@ def test_the_command_trains_and_writes_its_findings(tmp_path):
     assert "3 steps, too few to tell" in result["rows"][-1]["found"]
 
 
+def lose_a_block():
+    sound = reference.select_blocks
+
+    def lossy(scores, spec):
+        blocks = sound(scores, spec)
+        return torch.where(blocks == 1, -1, blocks)
+
+    reference.select_blocks = lossy
+
+
+@pytest.mark.process
+def test_a_block_that_is_never_read_is_found_with_and_without_training(tmp_path):
+    words = ["compare", "gates", "--arms", "nsa", "--steps", "1", "--out", tmp_path, "--set", *SMALL]
+    job = Job(words, tmp_path / "output", before=lose_a_block)
+    assert job.wait() == 1, job.text
+    passed = {row["gate"]: row["passed"] for row in json.loads((tmp_path / "gates_tiny.json").read_text())["rows"]}
+    assert passed["win is full up to w tokens"]
+    assert not passed["slc is full up to n l' tokens"]
+    assert not passed["first steps of slc as of full"]
+
+
 @pytest.mark.process
 def test_random_tokens_are_predicted_through_a_leak(tmp_path):
     """A block of four tokens is seen four tokens early: its mean tells of the next one."""
