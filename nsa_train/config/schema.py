@@ -35,6 +35,9 @@ def _mixture_problems(mixture: dict[str, float]) -> list[str]:
     return found
 
 
+BF16_AT_STAGE_1 = "parallel.zero_stage=1 sums bf16 gradients in bf16; use parallel.zero_stage=2"
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The transformer around attention and experts."""
@@ -442,7 +445,7 @@ class Config:
         if self.trainer.seq_len < 2:
             found.append(f"trainer.seq_len={self.trainer.seq_len} leaves nothing to predict; use at least 2")
         if self.parallel.zero_stage == 1 and self.trainer.dtype == "bf16":
-            found.append("parallel.zero_stage=1 sums bf16 gradients in bf16; use parallel.zero_stage=2")
+            found.append(BF16_AT_STAGE_1)
         return found
 
     def _graph_problems(self) -> list[str]:

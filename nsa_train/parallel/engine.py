@@ -22,7 +22,7 @@ from torch.profiler import record_function
 from nsa_train import runtime
 from nsa_train.config import schema
 from nsa_train.config.deepspeed_keys import merged
-from nsa_train.errors import NsaTrainError
+from nsa_train.errors import ConfigError, NsaTrainError
 from nsa_train.parallel import one_rank
 
 T = TypeVar("T")
@@ -88,8 +88,10 @@ def sum_over_ranks(*tensors: Tensor) -> None:
 def engine_settings(
     parallel: schema.ParallelConfig, dtype: torch.dtype, clip: float, micro_rows: int, accumulation: int, world: int
 ) -> dict[str, Any]:
-    """The configuration that DeepSpeed is given."""
+    """The configuration that DeepSpeed is given. Raises ConfigError where `auto` became what the stage refuses."""
     bf16 = dtype == torch.bfloat16
+    if bf16 and parallel.zero_stage == 1:
+        raise ConfigError(f"trainer.dtype=auto is bf16 on a GPU, and {schema.BF16_AT_STAGE_1}")
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
         "overlap_comm": False,

@@ -1,5 +1,6 @@
 """What DeepSpeed is told: our keys, those that were added, and no key that it does not know."""
 
+import pytest
 import torch
 from deepspeed.comm import constants as comm_constants
 from deepspeed.runtime import constants
@@ -8,6 +9,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from nsa_train.config.deepspeed_keys import ADDABLE, OURS
 from nsa_train.config.load import load_config
+from nsa_train.errors import ConfigError
 from nsa_train.parallel.engine import engine_settings
 
 ZERO = "zero_optimization"
@@ -55,3 +57,8 @@ def test_gradients_travel_in_fp32_unless_said_otherwise():
     assert settings(dtype=torch.bfloat16)["communication_data_type"] == "fp32"
     assert settings("parallel.reduce_dtype=bf16", dtype=torch.bfloat16)["communication_data_type"] == "bf16"
     assert settings("parallel.reduce_dtype=bf16")["communication_data_type"] == "fp32"
+
+
+def test_stage_1_is_refused_where_auto_became_bf16():
+    with pytest.raises(ConfigError, match=r"trainer.dtype=auto is bf16 on a GPU, and parallel.zero_stage=1 sums"):
+        settings("parallel=zero1", dtype=torch.bfloat16)
