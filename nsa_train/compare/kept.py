@@ -18,6 +18,7 @@ import dataclasses
 import json
 import lzma
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,18 @@ def recipe(config: schema.Config) -> dict[str, Any]:
     return tree
 
 
+def _mapped(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """Plain data with every value that is no dictionary or list changed."""
+    if isinstance(tree, dict):
+        return {key: _mapped(value, change) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_mapped(value, change) for value in tree]
+    return change(tree)
+
+
 def _without_places(tree: Any) -> Any:
     """Plain data with absolute paths reduced to their last part."""
-    if isinstance(tree, dict):
-        return {key: _without_places(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_without_places(value) for value in tree]
-    return Path(tree).name if isinstance(tree, str) and tree.startswith("/") else tree
+    return _mapped(tree, lambda x: Path(x).name if isinstance(x, str) and x.startswith("/") else x)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -99,12 +105,8 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+def _rounded(tree: Any) -> Any:
+    return _mapped(tree, lambda x: float(f"{x:.{DIGITS}g}") if isinstance(x, float) else x)
 
 
 def _lists(heldout: HeldOut) -> dict[str, Any]:

@@ -94,6 +94,15 @@ def _weighted_swiglu_bwd(
 
 
 @triton.jit
+def _token_tile(T, M, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A program's tile of [T, M]: tokens, which of them exist, columns, and which elements exist."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    there = token < T
+    return token, there, column, there[:, None] & (column < M)
+
+
+@triton.jit
 def _sum_rows(
     rows,  # [R, M]
     places,  # [T, K]  int64
@@ -101,10 +110,7 @@ def _sum_rows(
     out,  # [T, M]
     T, M, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    there = token < T
-    mask = there[:, None] & (column < M)
+    token, there, column, mask = _token_tile(T, M, TOKENS, COLUMNS)
     total = tl.zeros([TOKENS, COLUMNS], tl.float32)
     for k in tl.static_range(K):
         place = tl.load(places + token * K + k, mask=there, other=0)
@@ -122,10 +128,7 @@ def _spread_rows(
     out,  # [R, M]
     T, M, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    there = token < T
-    mask = there[:, None] & (column < M)
+    token, there, column, mask = _token_tile(T, M, TOKENS, COLUMNS)
     row = tl.load(x + token.to(tl.int64)[:, None] * M + column, mask=mask, other=0.0)
     for k in tl.static_range(K):
         place = tl.load(places + token * K + k, mask=there, other=0)

@@ -154,11 +154,12 @@ class Engine:
         # The norm that follows tells a non-finite gradient as well; this would ask for every parameter by itself.
         # At stage 3 DeepSpeed relies on the norm, too.
         self._zero.check_overflow = lambda partition_gradients=True: None
-        if dist.get_world_size() == 1 and settings["zero_optimization"]["stage"] == 2:
+        zero, bf16 = settings["zero_optimization"], settings["bf16"]["enabled"]
+        if one_rank.adds_at_once(dist.get_world_size(), zero["stage"], bf16, "offload_optimizer" in zero):
             one_rank.add_gradients_at_once(self._zero)
         self.module: Any = model
         self.accumulation: int = settings["gradient_accumulation_steps"]
-        self._weights_sharded: bool = settings["zero_optimization"]["stage"] == 3
+        self._weights_sharded: bool = zero["stage"] == 3
 
     def __call__(self, *inputs: Any) -> Any:
         return self._engine(*inputs)

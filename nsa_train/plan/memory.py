@@ -14,6 +14,7 @@ from nsa_train.model.counts import meta_model, parameters_by_part
 from nsa_train.ops.compressed import query_chunk
 from nsa_train.ops.select import SCRATCH_BYTES
 from nsa_train.parallel.engine import BUCKET_ELEMENTS
+from nsa_train.parallel.one_rank import adds_at_once
 from nsa_train.runtime import dtype_of
 
 FP32, INT64 = 4, 8
@@ -43,7 +44,7 @@ def states(config: Config, ranks: int) -> dict[str, float]:
     parameters = sum(total for total, _ in parameters_by_part(meta_model(config)).values())
     stage, width = config.parallel.zero_stage, dtype_of(config.trainer.dtype).itemsize
     on_gpu = 0 if config.parallel.offload_optimizer == "cpu" else 1
-    buckets = stage > 1 and not adds_at_once(config, ranks)
+    buckets = stage > 1 and not without_buckets(config, ranks)
     return {
         "weights": parameters * width / (ranks if stage == 3 else 1),
         "gradients": parameters * (width if stage == 1 else FP32 / ranks),
@@ -52,10 +53,9 @@ def states(config: Config, ranks: int) -> dict[str, float]:
     }
 
 
-def adds_at_once(config: Config, ranks: int) -> bool:
-    """Whether gradients are added to their sums without buckets (`parallel.one_rank`)."""
+def without_buckets(config: Config, ranks: int) -> bool:
     parallel, bf16 = config.parallel, dtype_of(config.trainer.dtype).itemsize == 2
-    return ranks == 1 and bf16 and parallel.zero_stage == 2 and parallel.offload_optimizer == "none"
+    return adds_at_once(ranks, parallel.zero_stage, bf16, parallel.offload_optimizer != "none")
 
 
 def attention_bytes(config: Config) -> float:

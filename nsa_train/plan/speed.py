@@ -16,7 +16,7 @@ from nsa_train.config.schema import Config
 from nsa_train.data.stages import at_stage, stages_of
 from nsa_train.model.counts import meta_model, parameters_by_part
 from nsa_train.plan.flops import forward_flops
-from nsa_train.plan.memory import adds_at_once
+from nsa_train.plan.memory import without_buckets
 from nsa_train.runtime import dtype_of
 
 GPUS_OF_A_HOST = 8
@@ -151,7 +151,7 @@ def step_bytes(config: Config, ranks: int) -> dict[str, float]:
 def _summed_bytes(config: Config, ranks: int) -> float:
     """Read and written of a gradient's element on its way to the sum of its rank, by DeepSpeed's ZeRO 2 or at once."""
     width = dtype_of(config.trainer.dtype).itemsize
-    if adds_at_once(config, ranks):
+    if without_buckets(config, ranks):
         return width + 2 * 4
     sent = 3 * 2 * width + 2 * (width + 4)  # into the bucket, divided, flattened; to fp32 and back
     return sent + (3 * 4 + 4 + width) / ranks  # added in fp32 and copied back by the rank that keeps it
