@@ -241,14 +241,18 @@ def run(queue: Queue, args: argparse.Namespace) -> int:
     if args.rates and (missing := [arm for arm in args.arms if arm not in rates]):
         raise NsaTrainError(f"--rates {args.rates}: no learning rate for {', '.join(missing)}; sweep these arms too")
     lengths = [f"lengths={args.lengths}"] if args.lengths else []
-    jobs = []
+    experiment, jobs = load_config(args.set).experiment, []
     for seed in args.seeds:
         for arm in args.arms:
             rate = [f"optim.lr={rates[arm]}"] if rates else []
             words = [*args.set, f"attention={arm}", f"seed={seed}", *rate]
-            jobs.append(Job.of(f"{arm}-seed{seed}", *words, tasks=args.eval, lengths=lengths, keep=args.keep))
+            name = f"{arm}-seed{seed}"
+            if args.start_from:
+                words.append(f"init_from={args.start_from / f'{experiment}-{name}'}")
+            jobs.append(Job.of(name, *words, tasks=args.eval, lengths=lengths, keep=args.keep))
     queue.train(jobs)
-    options = [f"--{key}={getattr(args, key)}" for key in ("name", "gates", "out") if getattr(args, key)]
+    options = [f"--{key}={getattr(args, key)}" for key in ("name", "out") if getattr(args, key)]
+    options += ["--gates", *map(str, args.gates)] if args.gates else []
     return compare([*(str(job.path) for job in jobs), *options])
 
 
@@ -272,13 +276,16 @@ def main() -> int:
     swept.add_argument("--lrs", nargs="+", type=float, required=True, metavar="LR")
     trained.add_argument("--seeds", nargs="+", type=int, default=[0])
     trained.add_argument("--rates", type=Path, help="JSON of a sweep; default: one optim.lr for all arms")
+    about = "of runs <experiment>-<arm>-seed<N>, whose weights these start with: a stage of its own, such as a long one"
+    trained.add_argument("--start-from", type=Path, metavar="FOLDER", help=about)
     about = f"of `nsa-train eval`, for every run that it fits: {', '.join(TASKS)}"
     trained.add_argument("--eval", nargs="+", default=[], choices=TASKS, metavar="TASK", help=about)
     trained.add_argument("--lengths", metavar="N,N", help="of these tasks")
     about = "of files that keep runs: those that it has are not trained, and those that end are kept there"
     trained.add_argument("--keep", type=Path, metavar="FOLDER", help=about)
     trained.add_argument("--name", help="of the report; default: the experiment's")
-    trained.add_argument("--gates", type=Path, help="JSON of `nsa-train compare gates`, printed in the report")
+    about = "of `nsa-train compare gates`, printed in the report"
+    trained.add_argument("--gates", nargs="+", default=[], type=Path, metavar="FILE", help=about)
     trained.add_argument("--out", type=Path, help="folder of the report")
     args = parser.parse_args()
     runtime.setup_console()

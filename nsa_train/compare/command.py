@@ -33,14 +33,15 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="nsa-train compare", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run, or its kept file")
     parser.add_argument("--name", help="of the report; default: the experiment's")
-    parser.add_argument("--gates", type=Path, help="JSON of `nsa-train compare gates`, printed in the report")
+    about = "JSON of `nsa-train compare gates`, printed in the report; several: each of other arms"
+    parser.add_argument("--gates", nargs="+", default=[], type=Path, metavar="FILE", help=about)
     parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of the report")
     args = parser.parse_args(arguments)
     arms = Arms.read(args.runs)
     name = args.name or arms.all[0].config.experiment
     if not SAFE_NAME.fullmatch(name):
         raise NsaTrainError(f"--name {name!r} may hold letters, digits and . _ - only, 100 at most")
-    rows = rows_of(arms, _gates(args.gates, arms) if args.gates else [])
+    rows = rows_of(arms, [row for path in args.gates for row in _gates(path, arms)])
     path = args.out / f"comparison_{name}.json"
     rows += _copied_maps(arms, path)
     results.write_result(path.stem, "comparison", rows, folder=args.out)

@@ -301,10 +301,11 @@ GATES: dict[str, Callable[[Subject], Finding | None]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Run all gates that apply to each arm and write <out>/gates_<experiment>.json; 1 where one does not pass."""
+    """Run all gates that apply to each arm and write <out>/gates_<name>.json; 1 where one does not pass."""
     parser = argparse.ArgumentParser(prog="nsa-train compare gates", description=__doc__)
     parser.add_argument("--arms", nargs="+", default=["full", "full_gated", "nsa"], metavar="ARM")
     parser.add_argument("--steps", type=int, default=LEAST_STEPS, help="on random tokens; fewer do not pass")
+    parser.add_argument("--name", help="of the JSON; default: the experiment's")
     parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of the JSON")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="for all arms")
     args = parser.parse_args(arguments)
@@ -331,6 +332,6 @@ def main(arguments: list[str]) -> int:
                     )  # fmt: skip
     finally:
         stop_processes()
-    path = results.write_result(f"gates_{configs[0].experiment}", "gates", rows, folder=args.out)
+    path = results.write_result(f"gates_{args.name or configs[0].experiment}", "gates", rows, folder=args.out)
     runtime.log.info("%s", path)
     return int(not all(row["passed"] for row in rows))

@@ -80,11 +80,13 @@ def _setting(head: Row, result: Row) -> list[str]:
     past += "" if _long_enough(corpus["share_past"]) else " (TOO FEW: at least 50% and 30% are wanted)"
     epochs = ", ".join(f"{value:.2f} of {name}" for name, value in corpus["epochs"].items())
     labels, documents = head["heldout_labels"], head["heldout_documents"]
+    before = head["steps_before"]
+    trained = f", from weights that runs of {_steps(before)} had trained" if before else ""
     return [
         f"Experiment `{head['experiment']}`: {head['steps']:,} steps of {head['batch_tokens']:,} tokens in rows of "
-        f"{head['seq_len']:,}, {head['tokens']:,} tokens in all. Corpus {corpus['name']} `{corpus['hash'][:12]}`, "
-        f"epochs {epochs}; tokens by position in their document: {past}. Held out: {labels:,} labels of "
-        f"{documents:,} documents, unigram entropy {head['unigram_entropy']:.4f} nats.",
+        f"{head['seq_len']:,}, {head['tokens']:,} tokens in all{trained}. Corpus {corpus['name']} "
+        f"`{corpus['hash'][:12]}`, epochs {epochs}; tokens by position in their document: {past}. Held out: "
+        f"{labels:,} labels of {documents:,} documents, unigram entropy {head['unigram_entropy']:.4f} nats.",
         "",
         f"The paper's model is {head['times_smaller_than_paper']:,.0f} times larger (active parameters) and saw "
         f"{head['times_fewer_tokens_than_paper']:,.0f} times as many tokens. Other deviations: docs/comparison.md.",
@@ -92,6 +94,11 @@ def _setting(head: Row, result: Row) -> list[str]:
         f"Trained on {', '.join(head['devices'])}; source {', '.join(map(_commit, head['commits']))}. Losses are "
         f"nats per token. Made by `{result['command']}`.",
     ]
+
+
+def _steps(before: list[int | None]) -> str:
+    """Of the runs that these go on from, the first one first; an export does not know its steps."""
+    return " and ".join("unknown length" if steps is None else f"{steps:,} steps" for steps in reversed(before))
 
 
 def _levels(ladder: list[Row]) -> Iterator[str]:

@@ -56,6 +56,7 @@ def _setting(arms: Arms) -> dict[str, Any]:
         "experiment": run.config.experiment, "baseline": arms.baseline, "corpus": run.manifest["corpus"],
         "unigram_entropy": run.summary["unigram_entropy"], "seq_len": trainer.seq_len, "steps": trainer.steps,
         "batch_tokens": trainer.seq_len * trainer.batch_rows, "tokens": run.summary["tokens"],
+        "steps_before": [one.get("step") for one in run.lineage[1:]],
         "heldout_documents": len(heldout.document), "heldout_labels": int(heldout.position[..., 1].sum()),
         "times_smaller_than_paper": PAPER_ACTIVE / run.summary["params_active"],
         "times_fewer_tokens_than_paper": PAPER_TOKENS / run.summary["tokens"],

@@ -79,6 +79,22 @@ class Run:
         return self.config.seed
 
     @property
+    def lineage(self) -> list[dict[str, Any]]:
+        """What is known of the run and of those that it goes on from (`init_from`), the first one last."""
+        found = [self.manifest]
+        while origin := found[-1].get("origin"):
+            found.append(origin)
+        return found
+
+    @property
+    def drawn_weights(self) -> dict[str, str]:
+        """sha256 by name and shape of the weights that the first run of the lineage drew.
+
+        Of weights that came from an export, which knows nothing of its run, the weights of the export.
+        """
+        return [one for one in self.lineage if "initial_weights_sha256" in one][-1]["initial_weights_sha256"]
+
+    @property
     def loss(self) -> float:
         """Held-out, at the end: nats per token."""
         loss, labels = self.heldout.position.sum((0, 1))
@@ -196,7 +212,7 @@ def _one_corpus(runs: Sequence[Run]) -> Iterator[str]:
 
 def _one_recipe(runs: Sequence[Run]) -> Iterator[str]:
     """Configurations differ in the arm, its learning rate and the seed; those of one arm in the seed only."""
-    free = (*FREE_KEYS, "name", "seed")
+    free = (*FREE_KEYS, "name", "seed", "init_from")  # where the last one leads: `_same_rows_and_weights`
     recipes = {id(run): kept.recipe(run.config) for run in runs}
     for number, run in enumerate(runs):
         sibling = next(other for other in runs if other.arm == run.arm)
@@ -227,14 +243,17 @@ def _paired_seeds(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _same_rows_and_weights(runs: Sequence[Run]) -> Iterator[str]:
-    """Runs of a seed read the same rows, in training and held out, and start alike where they have a parameter."""
+    """Runs of a seed read the same rows, in training and held out, and start alike where they have a parameter.
+
+    Runs that go on from others (`init_from`) are alike when those are, and as far.
+    """
     first: dict[int, Run] = {}
     weights: dict[int, dict[str, str]] = {}  # of a seed, by name and shape, whichever arm had them first
     for run in runs:
         other, known = first.setdefault(run.seed, run), weights.setdefault(run.seed, {})
-        if run.manifest["rows_fingerprint"] != other.manifest["rows_fingerprint"]:
+        if _rows(run) != _rows(other):
             yield f"{run.path}: other rows in another order than {other.path}, though both have seed {run.seed}"
-        ours = run.manifest["initial_weights_sha256"]
+        ours = run.drawn_weights
         unlike = [name for name in ours.keys() & known.keys() if ours[name] != known[name]]
         if unlike or (known and not ours.keys() & known.keys()):
             what = f"{len(unlike)} parameters such as {min(unlike)}" if unlike else "no parameter in common"
@@ -243,6 +262,11 @@ def _same_rows_and_weights(runs: Sequence[Run]) -> Iterator[str]:
         a, b = run.heldout, other.heldout
         if not (np.array_equal(a.document, b.document) and np.array_equal(a.position[..., 1], b.position[..., 1])):
             yield f"{run.path}: its held-out losses are of other rows than those of {other.path}"
+
+
+def _rows(run: Run) -> list[tuple[str | None, int | None]]:
+    """Which rows the run and those that it goes on from have read, and how many steps of them."""
+    return [(one.get("rows_fingerprint"), one.get("step")) for one in run.lineage]
 
 
 CHECKS: tuple[Callable[[Sequence[Run]], Iterator[str]], ...] = (

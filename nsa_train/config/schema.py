@@ -309,6 +309,7 @@ class TrainerConfig:
     log_every: int
     val_every: int
     val_rows: int  # held-out rows in a validation, at most
+    heldout_rows: int | None  # of losses by document at the end, at most; None: those of a validation
     checkpoint_every: int  # and at the end; 0: only where a signal stops the run
     keep_checkpoints: int
     max_bad_steps: int  # skipped steps in a row that stop the run
@@ -322,6 +323,8 @@ class TrainerConfig:
             self, "steps", "seq_len", "batch_rows", "micro_rows", "loss_chunk_tokens", "log_every", "val_every",
             "val_rows", "keep_checkpoints", "max_bad_steps",
         )  # fmt: skip
+        if self.heldout_rows is not None:
+            found += _not_positive(self, "heldout_rows")
         if self.checkpoint_every < 0:
             found.append(f"checkpoint_every={self.checkpoint_every} must not be negative; 0 writes none")
         if self.spike_sigmas < 0:

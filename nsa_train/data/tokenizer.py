@@ -83,8 +83,9 @@ class Tokenizer:
         if len(self._words) > KNOWN_WORDS:
             self._words.clear()
         new = [word for word in dict.fromkeys(words) if word not in self._words]
-        for word, ids in zip(new, self._processor.encode(new, out_type=int, num_threads=1), strict=True):
-            self._words[word] = array("i", ids).tobytes()
+        if new:  # a call costs more than a line of known words
+            for word, ids in zip(new, self._processor.encode(new, out_type=int, num_threads=1), strict=True):
+                self._words[word] = array("i", ids).tobytes()
         return np.frombuffer(b"".join(map(self._words.__getitem__, words)), np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:

@@ -29,16 +29,16 @@ def position_buckets(seq_len: int, first: int = FIRST_BUCKET_TOKENS) -> list[tup
 
 @torch.no_grad()
 def heldout_losses(
-    model: Transformer, loader: Loader, trainer: schema.TrainerConfig, device: torch.device, step: int,
+    model: Transformer, loader: Loader, trainer: schema.TrainerConfig, device: torch.device, step: int, wanted: int,
     layers: list[Probe] | None = None,
 ) -> Iterator[tuple[Batch, torch.Tensor]]:  # fmt: skip
-    """This rank's batches of the first `val_rows` held-out rows, and each label's loss [T].
+    """This rank's batches of the first `wanted` held-out rows of trainer.seq_len tokens, and each label's loss [T].
 
-    Rows are as long as those of `step`; where they are longer than trainer.seq_len there are fewer, of as many tokens.
+    Rows are as long as those of `step`; where they are longer there are fewer, of as many tokens.
     A list given as `layers` receives the statistics of the first batch.
     """
     seq_len = loader.stage(step).seq_len
-    rows = max(1, trainer.val_rows * trainer.seq_len // seq_len)
+    rows = max(1, wanted * trainer.seq_len // seq_len)
     micro_rows = max(1, trainer.micro_rows * trainer.seq_len // seq_len)
     model.eval()
     for number, batch in enumerate(loader.sequential(rows, runtime.rank(), runtime.world_size(), micro_rows, step)):
@@ -53,7 +53,7 @@ def evaluate(
     model: Transformer, loader: Loader, trainer: schema.TrainerConfig, sources: Sequence[str], device: torch.device,
     step: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Loss in nats per token over the held-out rows of `heldout_losses`, on all ranks together.
+    """Loss in nats per token over the first `val_rows` held-out rows, on all ranks together.
 
     `by_position` counts from the start of the document as the model sees it: a later piece of a document that is longer
     than a row starts at 0 again. `by_place` counts from the true start of the whole document.
@@ -66,7 +66,7 @@ def evaluate(
     by_place = torch.zeros(len(place_buckets), 2, dtype=torch.float64, device=device)
     by_source = torch.zeros(len(sources), 2, dtype=torch.float64, device=device)
     layers: list[Probe] | None = [] if runtime.rank() == 0 else None
-    for batch, losses in heldout_losses(model, loader, trainer, device, step, layers):
+    for batch, losses in heldout_losses(model, loader, trainer, device, step, trainer.val_rows, layers):
         counted = batch.labels != NO_LABEL
         pairs = torch.stack([losses, torch.ones_like(losses)], dim=1)[counted].double()
         sums.index_add_(0, torch.bucketize(batch.packing.positions[counted], edges, right=True), pairs)

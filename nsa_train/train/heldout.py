@@ -86,7 +86,7 @@ def document_losses(
     model: Transformer, loader: Loader, trainer: schema.TrainerConfig, window: int, sources: Sequence[str],
     device: torch.device, step: int,
 ) -> HeldOut:  # fmt: skip
-    """Losses of the documents in the rows that `evaluate` reads at the same step, on all ranks together."""
+    """Losses of the documents in the first `heldout_rows` held-out rows, on all ranks together."""
     seq_len, source = loader.stage(step).seq_len, loader.document_sources
     edges = [
         np.array([0, *(end for _, end in position_buckets(seq_len, first))]) for first in (FIRST_BUCKET_TOKENS, window)
@@ -95,7 +95,8 @@ def document_losses(
     position, recall = (
         torch.zeros(len(source), len(some) - 1, 2, dtype=torch.float64, device=device) for some in edges
     )
-    for batch, losses in heldout_losses(model, loader, trainer, device, step):
+    wanted = trainer.heldout_rows or trainer.val_rows
+    for batch, losses in heldout_losses(model, loader, trainer, device, step, wanted):
         lengths = torch.tensor(batch.packing.lengths)
         document = torch.tensor(batch.documents).repeat_interleave(lengths).to(device)
         pieces = batch.tokens.cpu().numpy()

@@ -53,6 +53,18 @@ def locate(folder: Path) -> Path | checkpoint.Found:
     )
 
 
+def origin_of(place: Path | checkpoint.Found) -> dict[str, Any]:
+    """Where weights come from: of a run, its step, the rows that it read, what it started with, and its own origin."""
+    if isinstance(place, Path):  # an export knows nothing of its run
+        return {"folder": str(place)}
+    state = place.manifest["state"]
+    return {
+        "folder": str(place.path), "step": state["progress"]["step"],
+        "rows_fingerprint": state["loader"]["fingerprint"],
+        "initial_weights_sha256": state["progress"]["initial_weights"], "origin": state["progress"].get("origin"),
+    }  # fmt: skip
+
+
 def start_weights(
     model: Transformer, seed: int, place: Path | checkpoint.Found | None, dtype: torch.dtype, settings: dict[str, Any]
 ) -> tuple[dict[str, str], list[str]]:

@@ -40,7 +40,7 @@ from nsa_train.train.folder import RunFolder
 from nsa_train.train.graphs import replay_passes
 from nsa_train.train.guards import BadSteps, Spikes, StopSignals
 from nsa_train.train.heldout import HELDOUT, document_losses
-from nsa_train.train.initial import common_hash, locate, start_weights
+from nsa_train.train.initial import common_hash, locate, origin_of, start_weights
 from nsa_train.train.metrics import Clock, Metrics, plot_losses
 from nsa_train.train.optim import build_optimizer, lr_at
 from nsa_train.train.profile import StepProfiler, steps_profiled
@@ -99,6 +99,7 @@ class Progress:
     """What a run knows of itself beside weights and random states; saved with each checkpoint."""
 
     initial_weights: dict[str, str]  # sha256 by name and shape of what it started with
+    origin: dict[str, Any] | None = None  # of weights that another run trained: `initial.origin_of`
     step: int = 0  # finished steps
     skipped: int = 0  # of them, non-finite and not taken
     val_loss_first: float | None = None
@@ -149,7 +150,7 @@ class _Run:
         )
         probe_engine(self.settings, dtype, self.device)
         hashes, self.taken = start_weights(self.model, config.seed, place, dtype, self.settings)
-        self.progress = Progress(initial_weights=hashes)
+        self.progress = Progress(initial_weights=hashes, origin=origin_of(place) if place else None)
         self.engine = Engine(self.model, build_optimizer(self.model, config.optim), self.settings)
 
     # The run ----------------------------------------------------------------------------------------------------------
@@ -383,6 +384,7 @@ class _Run:
             "common_weights_sha256": common_hash(self.progress.initial_weights),
             "initial_weights_sha256": self.progress.initial_weights,
             "rows_fingerprint": self.loaders["train"].fingerprint,
+            "origin": self.progress.origin,
             "commit": runtime.git_commit(),
             "versions": runtime.versions(),
             "device": runtime.device_name(),

@@ -58,6 +58,35 @@ def test_weights_that_the_baseline_lacks_must_be_alike_too(tmp_path):
     assert "window-0: starts from other weights than runs of the same seed" in refusal(*runs)
 
 
+def going_on(runs, arm, step=6, rows="rows of seed 0", **drawn):
+    """A run from weights that another one trained, which differ in every arm."""
+    began = {name: f"{value}0" for name, value in {**WEIGHTS, **drawn}.items()}
+    origin = {"folder": "x", "step": step, "rows_fingerprint": rows, "initial_weights_sha256": began, "origin": None}
+    facts = {"origin": origin, "initial_weights_sha256": dict.fromkeys(began, f"{arm} trained")}
+    return make_run(runs, arm, manifest=facts, overrides=[f"init_from={runs}/tiny-{arm}-seed0"])
+
+
+def test_runs_that_go_on_from_paired_runs_are_taken(tmp_path):
+    arms = Arms.read([going_on(tmp_path, "full"), going_on(tmp_path, "nsa")])
+    assert [[one.get("step") for one in run.lineage] for run in arms.all] == [[None, 6]] * 2
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"step": 5}, "nsa-0: other rows in another order than "),
+        ({"rows": "others"}, "nsa-0: other rows in another order than "),
+        ({"embed.weight [8, 4]": "x"}, "nsa-0: starts from other weights than"),
+    ],
+)
+def test_runs_that_go_on_from_runs_that_are_no_pair_are_refused(other, words, tmp_path):
+    assert words in refusal(going_on(tmp_path, "full"), going_on(tmp_path, "nsa", **other))
+
+
+def test_a_run_that_goes_on_is_no_partner_of_one_that_began_afresh(tmp_path):
+    assert "nsa-0: other rows in another order than " in refusal(make_run(tmp_path, "full"), going_on(tmp_path, "nsa"))
+
+
 def test_arms_are_one_configuration_with_each_seed_once(tmp_path):
     full, nsa = make_run(tmp_path, "full"), make_run(tmp_path, "nsa")
     again = make_run(tmp_path / "more", "nsa")

@@ -1,6 +1,7 @@
 """The level follows its rule, and JSON, Markdown and figure say the same."""
 
 import json
+from pathlib import Path
 
 import pytest
 from folders import DOCUMENTS, LABELS, make_run
@@ -78,9 +79,11 @@ def result(tmp_path_factory):
         for arm, gain in gains.items()
         for seed in range(3)
     ]
-    gates = [{**gate, "arm": arm} for gate in PASSED for arm in gains]
-    (root / "gates.json").write_text(json.dumps({"schema": "nsa-train/gates/1", "rows": gates}))
-    words = ["--name", "test", "--out", str(root / "out"), "--gates", str(root / "gates.json")]
+    words = ["--name", "test", "--out", str(root / "out"), "--gates"]
+    for arm in gains:
+        words.append(str(root / f"gates-{arm}.json"))
+        gates = {"schema": "nsa-train/gates/1", "rows": [{**gate, "arm": arm} for gate in PASSED]}
+        Path(words[-1]).write_text(json.dumps(gates))
     assert main(["compare", *map(str, folders), *words]) == 0
     assert (root / "out" / "comparison_test.png").read_bytes()[:4] == b"\x89PNG"
     return json.loads((root / "out" / "comparison_test.json").read_text()), (

@@ -49,6 +49,12 @@ def test_two_arms_with_two_seeds_are_stopped_gone_on_with_and_compared(corpus, t
     assert [(row["arm"], row["seed"]) for row in rows if row["what"] == "run"] == [
         ("full", 0), ("full", 1), ("nsa", 0), ("nsa", 1),
     ]  # fmt: skip
+    words = ["run", "--arms", "full", "nsa", "--seeds", 1, "--name", "longer", "--start-from", tmp_path]
+    words += ["--out", tmp_path / "out", "--set", *SMALL, *corpus, f"runs_dir={tmp_path / 'long'}", "trainer.steps=2"]
+    words += ["stages=extend_32k", "stages.parts.long.seq_len=384", "stages.parts.long.rope_factor=3"]
+    assert f", from weights that runs of {summary(runs['nsa', 1])['steps']} steps had trained." in ended(
+        start(words), 0
+    )
     assert {f"comparison_ci.{end}" for end in ("json", "md", "png")} == {
-        path.name for path in (tmp_path / "out").iterdir()
+        path.name for path in (tmp_path / "out").glob("*_ci.*")
     }

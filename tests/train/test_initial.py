@@ -50,6 +50,13 @@ def test_a_run_starts_where_the_other_ended(place, exported, train, tmp_path):
     assert job.wait() == 0, job.text
     assert f"starting from the weights of {exported}" in job.text
     assert "not found there" not in job.text
+    origin = json.loads((tmp_path / "run" / "manifest.json").read_text())["origin"]
+    if place == "export":
+        assert origin == {"folder": str(exported / place)}
+    else:
+        first = json.loads((exported / "manifest.json").read_text())
+        facts = {key: first[key] for key in ("rows_fingerprint", "initial_weights_sha256", "origin")}
+        assert origin == {"folder": str(exported / "checkpoints" / "step_4"), "step": 4, **facts}
     found = [row for row in rows(tmp_path / "run") if row["split"] == "val"]
     assert found[0]["step"] == 0
     assert found[0]["loss"] == summary(exported)["val_loss_last"]
@@ -77,7 +84,8 @@ def test_a_run_that_took_weights_goes_on_after_they_are_gone(exported, train, tm
     assert train(*words, "name=undisturbed").wait() == 0
     assert train(*words, before=killed).wait() == -9
     hashes = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("run", "undisturbed")]
-    assert hashes[0]["common_weights_sha256"] == hashes[1]["common_weights_sha256"]
+    for key in ("common_weights_sha256", "origin"):
+        assert hashes[0][key] == hashes[1][key]
     shutil.rmtree(tmp_path / "source")
     job = train(*words)
     assert job.wait() == 0, job.text

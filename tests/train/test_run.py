@@ -141,6 +141,15 @@ def test_the_losses_of_the_documents_add_up_to_the_reported_ones(run, prepared):
     assert (found.position[..., 1].sum(1) < store.lengths[found.document]).all()  # a piece's last token has no label
 
 
+@pytest.mark.process
+def test_losses_by_document_can_be_of_other_rows_than_a_validation(train, tmp_path):
+    assert train("trainer.steps=1", "trainer.heldout_rows=2").wait() == 0
+    last = [row for row in rows(tmp_path / "run") if row["split"] == "val"][-1]
+    loss, labels = HeldOut.load(tmp_path / "run" / "heldout.npz").position.sum((0, 1))
+    assert 0 < labels <= 2 * 96 < last["val_tokens"]
+    assert np.isfinite(loss)
+
+
 def test_recalled_labels_are_those_of_the_text(run, config, prepared):
     """Counted again document by document, for documents that one row holds whole."""
     found, store = HeldOut.load(run / "heldout.npz"), TokenStore.open(prepared, "heldout")
