@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, Pret
 from transformers.modeling_outputs import CausalLMOutput
 
 from nsa_train.config.schema import AttentionConfig, ModelConfig, MoEConfig
+from nsa_train.errors import ConfigError
 from nsa_train.model.transformer import Transformer
 from nsa_train.packing import Packing
 
@@ -46,6 +47,19 @@ class NSATrainConfig(PretrainedConfig):
         return NSATrainConfig(*sections, **kwargs)
 
     def build(self) -> Transformer:
+        """The model with the default device's memory. ConfigError where another version wrote other keys."""
+        wrong = []
+        for section, kind in (("model", ModelConfig), ("attention", AttentionConfig), ("moe", MoEConfig)):
+            known = {field.name for field in dataclasses.fields(kind)}
+            wrong += [
+                f"  {section}.{key}: {'missing' if key in known else 'no such key'}"
+                for key in sorted(known ^ getattr(self, section).keys())
+            ]
+        if wrong:
+            raise ConfigError(
+                f"{self.name_or_path or 'the export'}: another version of nsa_train wrote its config.json; use that "
+                "one, or train and export again with this one:\n" + "\n".join(wrong)
+            )
         attention = {**self.attention, "branches": tuple(self.attention["branches"])}
         return Transformer(ModelConfig(**self.model), AttentionConfig(**attention), MoEConfig(**self.moe))
 

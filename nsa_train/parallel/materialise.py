@@ -35,20 +35,24 @@ def materialise(
     """Put every parameter on the device in `dtype`, at stage 3 only this rank's partition; sha256 of each by name.
 
     make: by name, what makes the fp32 values; called on one rank, in a thread. An NsaTrainError of it is raised by all.
+    Empty: all are zeros without hashes, for a checkpoint to fill. Buffers go to the device as they are.
     """
     parameters, device = dict(model.named_parameters()), runtime.device()
-    makers = _makers(parameters)
-    own = (name for name in parameters if makers[name] == runtime.rank())
+    makers = _makers(parameters) if make else {}
+    own = (name for name, maker in makers.items() if maker == runtime.rank())
     partition = _partition(settings)
     hashes = {}
     with ThreadPoolExecutor() as threads:
         made = _Ahead(threads, ((4 * parameters[name].numel(), partial(_made, make[name], dtype)) for name in own))
         for name, parameter in parameters.items():
-            whole = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
-            hashes[name] = on_rank(makers[name], partial(_take, made, whole))
-            dist.broadcast(whole.data.view(torch.uint8), makers[name])
+            whole = nn.Parameter(torch.zeros(parameter.shape, dtype=dtype, device=device))
+            if makers:
+                hashes[name] = on_rank(makers[name], partial(_take, made, whole))
+                dist.broadcast(whole.data.view(torch.uint8), makers[name])
             torch.utils.swap_tensors(parameter, whole)  # in place: modules may share it
             partition(parameter)
+    for buffer in model.buffers():
+        buffer.data = buffer.to(device)
     return hashes
 
 

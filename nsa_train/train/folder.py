@@ -17,7 +17,7 @@ import yaml
 
 from nsa_train.config import schema
 from nsa_train.config.load import config_from_tree, load_config, to_tree, to_yaml
-from nsa_train.errors import RunFolderError, StorageError
+from nsa_train.errors import ConfigError, RunFolderError, StorageError
 from nsa_train.train.failures import FIRST_FAILURE
 
 # A resumed run may differ in these: they change how and how often, not what is computed.
@@ -123,10 +123,15 @@ def complete_config(tree: Any, path: Path) -> schema.Config:
         recipe = [f"experiment={tree['experiment']}", f"attention={tree['arm']}"]
     except (TypeError, KeyError) as error:
         raise RunFolderError(f"{path}: cannot be read ({error}); name the folder of a run") from error
-    for name, today in to_tree(load_config(recipe)).items():
-        before = tree.get(name, today)
-        tree[name] = today | before if isinstance(today, dict) and isinstance(before, dict) else before
-    return config_from_tree(tree)
+    try:
+        for name, today in to_tree(load_config(recipe)).items():
+            before = tree.get(name, today)
+            tree[name] = today | before if isinstance(today, dict) and isinstance(before, dict) else before
+        return config_from_tree(tree)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path}: {error}\nif another version of nsa_train wrote it, use that one, or train again with this one"
+        ) from error
 
 
 def differing(one: Any, other: Any, free: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:

@@ -81,8 +81,6 @@ def start_weights(
             taken, lines = take_weights(model, place, files)
             make |= taken
         hashes = materialise(model, make, dtype, settings)
-    for buffer in model.buffers():
-        buffer.data = buffer.to(runtime.device())
     return {f"{name} {shape}": hashes[name] for name, shape in named}, lines
 
 

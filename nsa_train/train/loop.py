@@ -30,6 +30,7 @@ from nsa_train.parallel.engine import (
     stop_processes,
     sum_over_ranks,
 )
+from nsa_train.parallel.materialise import materialise
 from nsa_train.parallel.probe import probe_engine
 from nsa_train.plan.check import PlanCheck
 from nsa_train.train import checkpoint
@@ -127,7 +128,7 @@ class _Run:
         self.bad_steps, self.spikes = BadSteps(trainer.max_bad_steps), Spikes(trainer, device)
 
     def _build(self) -> None:
-        """Model with keyed initial values, optimizer, engine."""
+        """Model with keyed initial values, or zeros until `resume` fills it, optimizer, engine."""
         config, trainer = self.config, self.config.trainer
         dtype = runtime.dtype_of(trainer.dtype)
         with torch.device("meta"):
@@ -149,8 +150,12 @@ class _Run:
             config.parallel, dtype, config.optim.clip, micro_rows, self.micro_batches, self.world
         )
         probe_engine(self.settings, dtype, self.device)
-        hashes, self.taken = start_weights(self.model, config.seed, place, dtype, self.settings)
-        self.progress = Progress(initial_weights=hashes, origin=origin_of(place) if place else None)
+        self.taken: list[str] = []
+        if self.found:
+            materialise(self.model, {}, dtype, self.settings)
+        else:
+            hashes, self.taken = start_weights(self.model, config.seed, place, dtype, self.settings)
+            self.progress = Progress(initial_weights=hashes, origin=origin_of(place) if place else None)
         self.engine = Engine(self.model, build_optimizer(self.model, config.optim), self.settings)
 
     # The run ----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Answers are scored token by token, cells by zone, and the blocks that were read by what they hold."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -127,3 +129,25 @@ def test_a_folder_that_cannot_be_asked_is_one_message(words, message, tmp_path, 
     (tmp_path / "config.yaml").write_text(to_yaml(load_config()))
     assert main(["eval", *(word.format(tmp_path) for word in words)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_run_or_an_export_of_another_version_is_one_message_with_the_key(tmp_path, capsys):
+    from nsa_train.model.pretrained import NSATrainConfig, NSATrainForCausalLM
+
+    config = load_config(["model.layers=1", "model.vocab=300"])
+    path, export = tmp_path / "config.yaml", tmp_path / "export"
+    path.write_text(to_yaml(config).replace("  window:", "  span: 3\n  window:"))
+    assert main(["eval", str(tmp_path), "task=needle"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {path}: 1 problem in the configuration:\n  attention.span: no such key")
+    assert "if another version of nsa_train wrote it, use that one" in said
+
+    path.write_text(to_yaml(config))
+    NSATrainForCausalLM(NSATrainConfig.of(config.model, config.attention, config.moe)).save_pretrained(export)
+    keys = json.loads((export / "config.json").read_text())
+    del keys["model"]["embedding_std"]
+    (export / "config.json").write_text(json.dumps(keys))
+    assert main(["eval", str(tmp_path), "task=needle"]) == 2
+    said = capsys.readouterr().err
+    assert f"error: {export}: another version of nsa_train wrote its config.json; use that one, or train and" in said
+    assert "  model.embedding_std: missing\n" in said

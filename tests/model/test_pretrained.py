@@ -1,10 +1,13 @@
 """The export: what `transformers` writes, reads back and generates is the same model."""
 
+import json
+
 import pytest
 import torch
 from cases import ARMS, FULL, MODEL, MOE, NSA, build, grow, rows
 from transformers import AutoModelForCausalLM
 
+from nsa_train.errors import ConfigError
 from nsa_train.model.pretrained import NSATrainConfig, NSATrainForCausalLM
 from nsa_train.packing import Packing
 
@@ -116,3 +119,16 @@ def test_a_row_beyond_the_models_length_is_refused(tmp_path):
     model = exported(tmp_path)
     with pytest.raises(ValueError, match="257 tokens are beyond the model's max_seq_len=256"):
         model(torch.zeros(1, 257, dtype=torch.int64))
+
+
+def test_an_export_of_another_version_is_refused_with_every_key(tmp_path):
+    exported(tmp_path)
+    keys = json.loads((tmp_path / "config.json").read_text())
+    del keys["model"]["embedding_std"]
+    keys["attention"]["span"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    with pytest.raises(ConfigError) as caught:
+        reopened(tmp_path)
+    said, *lines = str(caught.value).splitlines()
+    assert said.startswith(f"{tmp_path}: another version of nsa_train wrote its config.json; use that one, or train")
+    assert lines == ["  model.embedding_std: missing", "  attention.span: no such key"]

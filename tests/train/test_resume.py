@@ -101,6 +101,21 @@ def test_a_signal_in_the_last_step_lets_the_run_end(train, tmp_path):
     assert summary(tmp_path / "run")["status"] == "done"
 
 
+def draw_nothing():
+    from nsa_train.model.transformer import Transformer
+
+    del Transformer.initial_values
+
+
+def test_a_resumed_run_draws_no_initial_values_and_knows_their_hashes(train, killed, whole):
+    job = train(before=draw_nothing)
+    assert job.wait() == 0, job.text
+    assert rows(killed) == rows(whole)
+    hashes = [json.loads((run / "manifest.json").read_text())["initial_weights_sha256"] for run in (killed, whole)]
+    assert hashes[0] == hashes[1]
+    assert hashes[0]
+
+
 def test_a_torn_last_line_of_the_metrics_is_dropped(train, killed, whole):
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "tokens": 30')
