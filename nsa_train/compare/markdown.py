@@ -215,6 +215,7 @@ def _inside(layer: Row) -> dict[str, float]:
     """Statistics of a layer under the names of the table."""
     found = {f"gate {branch}": value for branch, value in layer["gates"].items()}
     found |= {name.replace("_", " "): value for name, value in layer["selection"].items()}
+    found["common to all tokens"] = layer["common"]
     return found | ({"fullest expert, in mean loads": layer["load_peak"]} if "load_peak" in layer else {})
 
 

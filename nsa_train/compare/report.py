@@ -114,7 +114,7 @@ def _arm_row(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _layers(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
-    """Gates and selection of each layer at the last validation, load of its fullest expert in the last quarter."""
+    """What the last validation saw in each layer, and the load of its fullest expert in the last quarter."""
     probes = [run.of("val")[-1]["layers"] for run in runs]
     dense = runs[0].config.model.dense_layers
     for layer in range(len(probes[0])):
@@ -122,6 +122,7 @@ def _layers(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
             kind: {name: mean(one[layer][kind][name] for one in probes) for name in probes[0][layer].get(kind, {})}
             for kind in ("gates", "selection")
         }
+        found["common"] = mean(one[layer]["common"] for one in probes)
         if layer >= dense:
             late = [run.of("train")[-max(1, len(run.of("train")) // 4) :] for run in runs]
             found["load_peak"] = mean(row["load_peak"][layer - dense] for some in late for row in some)

@@ -21,7 +21,8 @@ SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def _not_positive(section: object, *keys: str) -> list[str]:
-    return [f"{key}={getattr(section, key)} must be positive" for key in keys if getattr(section, key) <= 0]
+    values = {key: getattr(section, key) for key in keys}
+    return [f"{key}={value} must be positive" for key, value in values.items() if value is not None and value <= 0]
 
 
 def _negative(section: object, *keys: str) -> list[str]:
@@ -57,6 +58,7 @@ class ModelConfig:
     norm_eps: float
     tied_embeddings: bool
     init_std: float
+    head_prior: bool  # add log frequencies of the run's tokens to the logits
     embedding_std: float  # of embeddings that are not tied to the head
 
     def problems(self) -> list[str]:
@@ -172,8 +174,7 @@ class SourceConfig:
             found.append(
                 "kind=recall needs take (documents), min_chars and max_chars: it makes documents of such sizes"
             )
-        if self.take is not None and self.take <= 0:
-            found.append(f"take={self.take} must be positive, or null for all")
+        found += _not_positive(self, "take")
         root = Path(self.root).resolve()
         for path in () if self.kind == "hub" else (*self.paths, *self.heldout_paths):
             if not (root / path).resolve().is_relative_to(root):
@@ -321,10 +322,8 @@ class TrainerConfig:
     def problems(self) -> list[str]:
         found = _not_positive(
             self, "steps", "seq_len", "batch_rows", "micro_rows", "loss_chunk_tokens", "log_every", "val_every",
-            "val_rows", "keep_checkpoints", "max_bad_steps",
+            "val_rows", "heldout_rows", "keep_checkpoints", "max_bad_steps",
         )  # fmt: skip
-        if self.heldout_rows is not None:
-            found += _not_positive(self, "heldout_rows")
         if self.checkpoint_every < 0:
             found.append(f"checkpoint_every={self.checkpoint_every} must not be negative; 0 writes none")
         if self.spike_sigmas < 0:
@@ -351,9 +350,7 @@ class StageConfig:
     rope_factor: float  # YaRN: seq_len over model.rope_trained_len, or 1
 
     def problems(self) -> list[str]:
-        found = _mixture_problems(self.mixture)
-        if self.tokens is not None and self.tokens <= 0:
-            found.append(f"tokens={self.tokens} must be positive")
+        found = _mixture_problems(self.mixture) + _not_positive(self, "tokens")
         if self.seq_len < 2:
             found.append(f"seq_len={self.seq_len} leaves nothing to predict; use at least 2")
         if not self.rope_factor >= 1:

@@ -26,6 +26,7 @@ NO_LABEL = -100
 PADDING_TOKEN = 0
 NO_SOURCE = -1
 NO_DOCUMENT = -1
+COUNTED_STEPS = 16  # of a run, for the frequencies of its tokens
 
 
 class Row(NamedTuple):
@@ -162,6 +163,14 @@ class Loader:
                 )
                 found += sum(parts)
         return found
+
+    def label_counts(self, steps: int, vocab: int) -> np.ndarray:
+        """How often each token is a label in COUNTED_STEPS of the first `steps` steps, evenly spaced; int64 [vocab]."""
+        counts = np.zeros(vocab, np.int64)
+        for step in np.linspace(0, steps - 1, min(steps, COUNTED_STEPS)).astype(int).tolist():
+            for batch in self.micro_batches(step, 0, 1, micro_rows=1):
+                counts += np.bincount(batch.labels[batch.labels != NO_LABEL].numpy(), minlength=vocab)
+        return counts
 
     def epochs(self, steps: int) -> dict[str, float]:
         """How often the first `steps` steps read each source."""

@@ -24,7 +24,7 @@ from nsa_train.packing import Packing
 
 Angles = tuple[Tensor, Tensor]
 KV = tuple[Tensor, Tensor]
-Probe = dict[str, Any]  # "gates": {branch: mean}, "selection": {statistic: value}
+Probe = dict[str, Any]  # "common": value, "gates": {branch: mean}, "selection": {statistic: value}
 PROBED_TOKENS = 2048  # of the first document: enough for statistics, and quadratic
 OP_BRANCHES = ("cmp", "slc", "win")  # of NSA's op, in the order of its gates
 
@@ -55,6 +55,15 @@ class Layout(NamedTuple):
     segments: Segments | None
     cmp_angles: Angles | None
     blocks: Tensor | None
+
+
+def common_share(x: Tensor) -> float:
+    """Share of the energy of states [T, M] that all tokens have in common, 0 to 1: |mean|^2 over the mean |x|^2.
+
+    Near 1 the tokens look alike to attention and routers (docs/design.md).
+    """
+    x = x.float()
+    return float(x.mean(0).square().sum() / x.square().sum(1).mean())
 
 
 class Gate(nn.Linear):
@@ -105,6 +114,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, layout: Layout, probe: Probe | None = None) -> Tensor:
         """x [T, M] normed layer input -> [T, M]; a probe is filled with this layer's statistics."""
         packing, angles = layout.packing, layout.angles
+        if probe is not None:
+            probe["common"] = common_share(x)
         q = apply_rope(self.q(x).unflatten(-1, (self.heads, -1)), angles)
         raw, gates = self.project(x)
         if probe is not None and gates is not None:

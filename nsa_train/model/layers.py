@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsa_train.ops.experts import swiglu
@@ -74,6 +75,28 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(swiglu(self.gate_up(x)))
+
+
+class Head(nn.Linear):
+    """[T, M] -> logits [T, V], to which a fixed prior is added; it is no weight, and 0 until it is set."""
+
+    prior: Tensor
+
+    def __init__(self, width: int, vocab: int) -> None:
+        super().__init__(width, vocab, bias=False)
+        prior = torch.zeros(vocab, dtype=torch.float32, device="cpu")  # real, even in a model on the meta device
+        self.register_buffer("prior", prior)
+
+    def set_prior(self, counts: Tensor) -> None:
+        """ln of each token's share of `counts` [V], add-one smoothed, times V: 0 where all are equally frequent.
+
+        Rounded to bf16, so that the logits get the same one in every dtype.
+        """
+        counted = counts.double() + 1
+        self.prior.copy_((counted / counted.mean()).log().bfloat16())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.prior.to(x.dtype))
 
 
 def normal(shape: torch.Size, name: str, seed: int, std: float) -> Tensor:

@@ -70,7 +70,7 @@ class NSATrainForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = NSATrainConfig
     base_model_prefix = "transformer"
     _tied_weights_keys = {"transformer.head.weight": "transformer.embed.weight"}  # noqa: RUF012
-    _keep_in_fp32_modules_strict = {"router.bias"}  # noqa: RUF012
+    _keep_in_fp32_modules_strict = {"router.bias", "head.prior"}  # noqa: RUF012
     _supports_cache_class = False
 
     def __init__(self, config: NSATrainConfig) -> None:

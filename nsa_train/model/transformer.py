@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nsa_train.config.schema import AttentionConfig, LayerPart, ModelConfig, MoEConfig
 from nsa_train.model.attention import Attended, Attention, Layout, Probe
-from nsa_train.model.layers import RMSNorm, SumNorm, SwiGLU, fixed_starts, normal, rope_angles
+from nsa_train.model.layers import Head, RMSNorm, SumNorm, SwiGLU, fixed_starts, normal, rope_angles
 from nsa_train.model.moe import MoE
 from nsa_train.model.router import Router, Routing, update_bias
 from nsa_train.ops.loss import chunked_token_losses
@@ -89,7 +89,7 @@ class Transformer(nn.Module):
             Layer(model, attention, moe, dense=i < model.dense_layers) for i in range(model.layers)
         )
         self.norm = RMSNorm(model.width, model.norm_eps)
-        self.head = nn.Linear(model.width, model.vocab, bias=False)
+        self.head = Head(model.width, model.vocab)
         if model.tied_embeddings:
             self.head.weight = self.embed.weight
 
@@ -180,7 +180,7 @@ class Transformer(nn.Module):
         """tokens, labels [T] int64 (label -100: none). A list given as `probes` receives each layer's statistics."""
         x, balance, load = self.hidden(tokens, packing, probes)
         with record_function("head"):
-            losses = chunked_token_losses(x, self.head.weight, labels, chunk_tokens)
+            losses = chunked_token_losses(x, self.head.weight, labels, chunk_tokens, self.head.prior)
         return Output(losses, balance, load)
 
     def routers(self) -> list[Router]:

@@ -17,13 +17,18 @@ from nsa_train.ops.tiles import on_kernels
 NO_LABEL: int = loss_triton.NO_LABEL.value
 
 
-def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, prior: Tensor | None = None) -> Tensor:
     """Cross-entropy of each token in nats, 0 where the label is -100. The plain form of `chunked_token_losses`.
 
     hidden [T, M]    weight [V, M]    labels [T] int64    gives [T] fp32 (fp64 for fp64 input)
+    prior  [V]  added to the logits, a constant
     """
-    logits = F.linear(hidden, weight)
+    logits = _logits(hidden, weight, prior)
     return F.cross_entropy(logits.to(_wide(logits)), labels, ignore_index=NO_LABEL, reduction="none")
+
+
+def _logits(hidden: Tensor, weight: Tensor, prior: Tensor | None) -> Tensor:
+    return F.linear(hidden, weight, None if prior is None else prior.to(hidden.dtype))
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -66,31 +71,33 @@ class _TokenLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, prior: Tensor | None) -> Tensor:  # type: ignore[override]
         chunks = zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
-        rows = [row_losses(F.linear(h, weight), y) for h, y in chunks]
+        rows = [row_losses(_logits(h, weight, prior), y) for h, y in chunks]
         losses, lse = (torch.cat(parts) for parts in zip(*rows, strict=True))
-        ctx.save_for_backward(hidden, weight, labels, lse)
+        ctx.save_for_backward(hidden, weight, labels, lse, prior)
         ctx.chunk_tokens = chunk_tokens
         return losses
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        hidden, weight, labels, lse = ctx.saved_tensors
+        hidden, weight, labels, lse, prior = ctx.saved_tensors
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=lse.dtype)
         parts = (x.split(ctx.chunk_tokens) for x in (hidden, labels, lse, grad.contiguous(), d_hidden))
         for h, y, s, g, d_h in zip(*parts, strict=True):
-            d_logits = row_gradients(F.linear(h, weight), y, s, g)
+            d_logits = row_gradients(_logits(h, weight, prior), y, s, g)
             torch.mm(d_logits, weight, out=d_h)
             add_product(d_weight, d_logits.T, h)
             del d_logits  # before the next chunk's
-        return d_hidden, d_weight.to(weight.dtype), None, None
+        return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 
-def chunked_token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+def chunked_token_losses(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, prior: Tensor | None = None
+) -> Tensor:
     """`token_losses`, a chunk at a time; the backward pass recomputes each chunk's logits.
 
     Logits and their gradient are rounded to the dtype of the input; softmax and the sum of the weight's gradient over
     the chunks are fp32 (fp64 for fp64 input).
     """
-    return _TokenLosses.apply(hidden, weight, labels, chunk_tokens)
+    return _TokenLosses.apply(hidden, weight, labels, chunk_tokens, prior)

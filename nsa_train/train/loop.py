@@ -154,6 +154,9 @@ class _Run:
         if self.found:
             materialise(self.model, {}, dtype, self.settings)
         else:
+            if config.model.head_prior:
+                counts = self.loaders["train"].label_counts(trainer.steps, config.model.vocab)
+                self.model.head.set_prior(torch.from_numpy(counts))
             hashes, self.taken = start_weights(self.model, config.seed, place, dtype, self.settings)
             self.progress = Progress(initial_weights=hashes, origin=origin_of(place) if place else None)
         self.engine = Engine(self.model, build_optimizer(self.model, config.optim), self.settings)

@@ -102,6 +102,7 @@ class Metrics:
             flat |= {f"val_by_place/{bucket}": loss for bucket, loss in row["by_place"].items()}
             flat |= {f"val_by_source/{source}": loss for source, loss in row["by_source"].items()}
             for i, layer in enumerate(row.get("layers", [])):
+                flat[f"common/layer_{i}"] = layer["common"]
                 flat |= {f"gates/layer_{i}_{branch}": mean for branch, mean in layer.get("gates", {}).items()}
                 flat |= {f"selection/layer_{i}_{name}": value for name, value in layer.get("selection", {}).items()}
             self._log(row, flat)

@@ -61,6 +61,18 @@ def rows_in_epoch(loader):
     return stream.whole.rows
 
 
+def test_label_counts_are_those_of_the_rows_that_are_read(store, loader):
+    """Of every step where there are few, of evenly spaced ones where there are many."""
+    vocab = store.manifest["vocab"]
+
+    def count(steps):
+        labels = torch.cat([batch.labels for step in steps for batch in loader.micro_batches(step, 0, 1, 2)])
+        return torch.bincount(labels[labels != NO_LABEL], minlength=vocab).numpy()
+
+    assert (loader.label_counts(3, vocab) == count(range(3))).all()
+    assert (loader.label_counts(31, vocab) == count(range(0, 31, 2))).all()
+
+
 def test_every_epoch_visits_every_row_once_in_another_order(store):
     loader = make_loader(store, batch_rows=1)
     rows = rows_in_epoch(loader)

@@ -23,13 +23,14 @@ def test_losses_and_gradients_are_those_of_fp64_and_the_same_twice(T, M, V):
     """Chunks of 100 tokens. A token's loss is as exact as logits in bf16 allow."""
     *leaves, labels = head_case(T, M, V)
     labels[0] = 3
+    prior = torch.randn(V, device="cuda") * 3
     exact = [x.detach().double().requires_grad_() for x in leaves]
     into = torch.randn(T, device="cuda")
     found = []
     for losses, own in (
-        (loss.chunked_token_losses(*leaves, labels, 100), leaves),
-        (loss.token_losses(*exact, labels), exact),
-        (loss.chunked_token_losses(*leaves, labels, 100), leaves),
+        (loss.chunked_token_losses(*leaves, labels, 100, prior), leaves),
+        (loss.token_losses(*exact, labels, prior.bfloat16()), exact),
+        (loss.chunked_token_losses(*leaves, labels, 100, prior), leaves),
     ):
         found.append([losses, *torch.autograd.grad(losses, own, into.to(losses.dtype))])
     assert found[0][0].dtype == torch.float32

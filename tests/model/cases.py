@@ -11,7 +11,7 @@ from nsa_train.packing import Packing
 MODEL = ModelConfig(
     vocab=61, layers=2, width=32, heads=4, kv_heads=2, key_dim=8, value_dim=6, dense_layers=1, max_seq_len=256,
     rope_theta=10000.0, rope_factor=1.0, rope_trained_len=64, norm_eps=1e-6, tied_embeddings=False, init_std=0.02,
-    embedding_std=1.0,
+    head_prior=True, embedding_std=1.0,
 )  # fmt: skip
 MOE = MoEConfig(
     experts=4, shared=1, top_k=2, expert_width=16, router="sigmoid", normalise=True, routed_scale=1.0, bias_rate=1e-3,

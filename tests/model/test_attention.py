@@ -193,6 +193,8 @@ def test_a_probe_reports_gates_and_selection():
     case = inputs(attention)
     with torch.no_grad():
         attention(*case, probe)
+    x = case[0].double()
+    assert probe["common"] == pytest.approx(float(x.mean(0).norm() ** 2 / (x.norm(dim=1) ** 2).mean()), rel=1e-5)
     assert set(probe["gates"]) == {"cmp", "slc", "win"}
     for b, branch in enumerate(NSA.branches):
         assert probe["gates"][branch] == pytest.approx(float(attention.project(case[0])[1].detach()[..., b].mean()))

@@ -15,6 +15,7 @@ from nsa_train.packing import Packing
 def exported(folder, attention=NSA, **fields):
     """A trained-looking model, saved to `folder`."""
     trained = grow(build(attention, **fields))
+    trained.head.set_prior(torch.arange(trained.config.vocab))
     for i, router in enumerate(trained.routers()):
         router.bias += torch.tensor([0.5, -0.2, -0.2, -0.1]) + 1e-4 * i  # not representable in bf16
     model = NSATrainForCausalLM(NSATrainConfig.of(trained.config, attention, MOE))
@@ -57,13 +58,15 @@ def test_opening_restores_every_value_and_the_configuration(tmp_path):
     assert again.transformer.layers[0].attention.config == NSA
 
 
-def test_the_routers_bias_stays_fp32_in_a_bf16_model(tmp_path):
+def test_the_routers_bias_and_the_heads_prior_stay_fp32_in_a_bf16_model(tmp_path):
     model = exported(tmp_path)
     half = reopened(tmp_path, dtype=torch.bfloat16)
     for want, got in zip(model.transformer.routers(), half.transformer.routers(), strict=True):
         assert torch.equal(got.bias, want.bias)
         assert not torch.equal(got.bias, got.bias.bfloat16().float())
-    others = {name: x.dtype for name, x in half.state_dict().items() if not name.endswith("router.bias")}
+    assert torch.equal(half.transformer.head.prior, model.transformer.head.prior)
+    fixed = ("router.bias", "head.prior")
+    others = {name: x.dtype for name, x in half.state_dict().items() if not name.endswith(fixed)}
     assert set(others.values()) == {torch.bfloat16}, others
     with torch.no_grad():
         assert torch.isfinite(half(TOKENS).logits).all()

@@ -91,6 +91,24 @@ def test_initial_loss_is_that_of_a_guess(arm):
     assert not out.token_losses[labels < 0].any()
 
 
+def test_with_a_prior_the_initial_guess_is_the_tokens_frequency():
+    """Also where it is no weight: the shares of both kinds of logits, and no parameter for it."""
+    tokens, labels, packing = rows()
+    model = build()
+    names, counts = set(values(model)), torch.arange(MODEL.vocab) ** 2
+    model.head.set_prior(counts)
+    shares = (counts + 1) / (counts + 1).sum()
+    probability = model.logits(tokens, packing).detach().softmax(-1).mean(0)
+    torch.testing.assert_close(probability, shares, rtol=0.1, atol=1e-4)
+    want = -shares[labels[labels >= 0]].log().mean()
+    losses = model(tokens, labels, packing, 16).token_losses.detach()
+    assert float(losses.sum() / (labels >= 0).sum()) == pytest.approx(float(want), abs=0.1)
+    assert set(values(model)) == names
+    assert torch.equal(model.head.prior, model.head.prior.bfloat16().float())
+    model.head.set_prior(torch.ones(MODEL.vocab))
+    assert not model.head.prior.any()
+
+
 # Gradients ------------------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +285,7 @@ def test_probes_report_every_layer_and_change_nothing():
     with torch.no_grad():
         want, got = model(*rows(), 16), model(*rows(), 16, probes)
     assert torch.equal(want.token_losses, got.token_losses)
-    assert [set(probe) for probe in probes] == [{"gates", "selection"}] * MODEL.layers
+    assert [set(probe) for probe in probes] == [{"common", "gates", "selection"}] * MODEL.layers
 
 
 @pytest.mark.parametrize("arm", ["nsa", "nsa-random", "full"])

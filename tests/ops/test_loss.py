@@ -26,14 +26,18 @@ def case():
 def test_a_tokens_loss_is_minus_its_log_probability(case):
     hidden, weight, labels = case
     logits = (hidden @ weight.T).detach()
-    want = [0.0 if y == -100 else float(logits[t].logsumexp(0) - logits[t, y]) for t, y in enumerate(labels.tolist())]
-    assert_close("loss", token_losses(*case), torch.tensor(want, dtype=torch.float64), rms=1e-12)
+    for prior in (None, torch.randn(V, dtype=torch.float64)):
+        added = logits if prior is None else logits + prior
+        want = [0.0 if y == -100 else float(x.logsumexp(0) - x[y]) for x, y in zip(added, labels.tolist(), strict=True)]
+        assert_close("loss", token_losses(*case, prior), torch.tensor(want, dtype=torch.float64), rms=1e-12)
 
 
+@pytest.mark.parametrize("with_prior", [False, True])
 @pytest.mark.parametrize("chunk", [1, 4, 5, 13, 100])
-def test_chunks_give_the_plain_losses_and_gradients(case, chunk):
+def test_chunks_give_the_plain_losses_and_gradients(case, chunk, with_prior):
+    prior = torch.linspace(-3, 3, V, dtype=torch.float64) if with_prior else None
     into = torch.rand(T, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    got, want = chunked_token_losses(*case, chunk), token_losses(*case)
+    got, want = chunked_token_losses(*case, chunk, prior), token_losses(*case, prior)
     assert_close("loss", got, want, rms=1e-14)
     got_gradients = torch.autograd.grad(got, case[:2], into)
     for name, g, w in zip(("hidden", "weight"), got_gradients, torch.autograd.grad(want, case[:2], into), strict=True):

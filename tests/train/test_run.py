@@ -108,6 +108,7 @@ def test_losses_are_those_of_a_plain_pytorch_loop(run, config, prepared):
     model.start(config.seed)
     optimizer = build_optimizer(model, config.optim)
     train, trainer = loader(prepared, config, "train"), config.trainer
+    model.head.set_prior(torch.from_numpy(train.label_counts(trainer.steps, config.model.vocab)))
     for row in (row for row in rows(run) if row["split"] == "train"):
         step = row["step"] - 1
         (batch,) = train.micro_batches(step, 0, 1, trainer.batch_rows)
@@ -238,7 +239,7 @@ def test_the_folder_says_what_was_run(run, config, prepared):
 
 WANDB_KEYS = (
     "train/loss", "val/loss", "val_by_position/0-96", "val_by_source/odd", "gates/layer_0_cmp", "experts/layer_0",
-    "selection/layer_1_", "trainer/step", "tokens", "corpus_hash",
+    "selection/layer_1_", "common/layer_1", "trainer/step", "tokens", "corpus_hash",
 )  # fmt: skip
 
 
