@@ -22,7 +22,7 @@ from nsa_train.train.failures import FIRST_FAILURE
 
 # A resumed run may differ in these: they change how and how often, not what is computed.
 FREE_KEYS = (
-    "runs_dir", "logging", "parallel", "data.root", "data.prepared_dir", "trainer.checkpoint_every",
+    "runs_dir", "logging", "parallel", "data.root", "data.corpus", "data.prepared_dir", "trainer.checkpoint_every",
     "trainer.keep_checkpoints", "trainer.log_every", "trainer.export", "trainer.cuda_graphs", "trainer.recomputed",
     "profile",
 )  # fmt: skip

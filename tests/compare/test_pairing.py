@@ -18,7 +18,9 @@ def refusal(*folders):
 
 
 def test_runs_that_differ_in_arm_learning_rate_and_seed_are_taken(tmp_path):
-    runs = [make_run(tmp_path, arm, seed, overrides=[f"optim.lr={lr}", "trainer.log_every=3"])
+    places = {"full": "here/text-0123456789ab", "nsa": None}  # the corpus is the same, by its hash
+    runs = [make_run(tmp_path, arm, seed, overrides=[f"optim.lr={lr}", "trainer.log_every=3",
+                                                     f"data.corpus={places.get(arm) or 'null'}"])
             for arm, lr in (("nsa", 2e-3), ("full_gated_wide", 1e-3), ("full", 1e-3), ("window", 1e-3))
             for seed in (1, 0)]  # fmt: skip
     arms = Arms.read(runs[:-1])
