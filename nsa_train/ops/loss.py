@@ -23,12 +23,12 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, prior: Tensor |
     hidden [T, M]    weight [V, M]    labels [T] int64    gives [T] fp32 (fp64 for fp64 input)
     prior  [V]  added to the logits, a constant
     """
-    logits = _logits(hidden, weight, prior)
+    logits = F.linear(hidden, weight, _like(hidden, prior))
     return F.cross_entropy(logits.to(_wide(logits)), labels, ignore_index=NO_LABEL, reduction="none")
 
 
-def _logits(hidden: Tensor, weight: Tensor, prior: Tensor | None) -> Tensor:
-    return F.linear(hidden, weight, None if prior is None else prior.to(hidden.dtype))
+def _like(hidden: Tensor, prior: Tensor | None) -> Tensor | None:
+    return None if prior is None else prior.to(hidden.dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -73,7 +73,7 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, prior: Tensor | None) -> Tensor:  # type: ignore[override]
         chunks = zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
-        rows = [row_losses(_logits(h, weight, prior), y) for h, y in chunks]
+        rows = [row_losses(F.linear(h, weight, prior), y) for h, y in chunks]
         losses, lse = (torch.cat(parts) for parts in zip(*rows, strict=True))
         ctx.save_for_backward(hidden, weight, labels, lse, prior)
         ctx.chunk_tokens = chunk_tokens
@@ -85,7 +85,7 @@ class _TokenLosses(torch.autograd.Function):
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=lse.dtype)
         parts = (x.split(ctx.chunk_tokens) for x in (hidden, labels, lse, grad.contiguous(), d_hidden))
         for h, y, s, g, d_h in zip(*parts, strict=True):
-            d_logits = row_gradients(_logits(h, weight, prior), y, s, g)
+            d_logits = row_gradients(F.linear(h, weight, prior), y, s, g)
             torch.mm(d_logits, weight, out=d_h)
             add_product(d_weight, d_logits.T, h)
             del d_logits  # before the next chunk's
@@ -100,4 +100,4 @@ def chunked_token_losses(
     Logits and their gradient are rounded to the dtype of the input; softmax and the sum of the weight's gradient over
     the chunks are fp32 (fp64 for fp64 input).
     """
-    return _TokenLosses.apply(hidden, weight, labels, chunk_tokens, prior)
+    return _TokenLosses.apply(hidden, weight, labels, chunk_tokens, _like(hidden, prior))
