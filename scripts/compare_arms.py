@@ -250,10 +250,18 @@ def run(queue: Queue, args: argparse.Namespace) -> int:
             if args.start_from:
                 words.append(f"init_from={args.start_from / f'{experiment}-{name}'}")
             jobs.append(Job.of(name, *words, tasks=args.eval, lengths=lengths, keep=args.keep))
+    _check_sources(jobs)
     queue.train(jobs)
     options = [f"--{key}={getattr(args, key)}" for key in ("name", "out") if getattr(args, key)]
-    options += ["--gates", *map(str, args.gates)] if args.gates else []
+    options += [f"--gates={path}" for path in args.gates]
     return compare([*(str(job.path) for job in jobs), *options])
+
+
+def _check_sources(jobs: list[Job]) -> None:
+    """NsaTrainError with the runs that are to be gone on from and are not there; what is kept needs none."""
+    needed = {str(job.config.init_from) for job in jobs if job.config.init_from and job.command()[:1] == ["train"]}
+    if missing := [folder for folder in sorted(needed) if not Path(folder).is_dir()]:
+        raise NsaTrainError("--start-from: there are no runs " + ", ".join(missing) + "; train them first")
 
 
 def _best_rates(path: Path) -> dict[str, float]:
@@ -276,7 +284,7 @@ def main() -> int:
     swept.add_argument("--lrs", nargs="+", type=float, required=True, metavar="LR")
     trained.add_argument("--seeds", nargs="+", type=int, default=[0])
     trained.add_argument("--rates", type=Path, help="JSON of a sweep; default: one optim.lr for all arms")
-    about = "of runs <experiment>-<arm>-seed<N>, whose weights these start with: a stage of its own, such as a long one"
+    about = "of runs <experiment>-<arm>-seed<N> to take initial weights from: a stage of its own, such as a long one"
     trained.add_argument("--start-from", type=Path, metavar="FOLDER", help=about)
     about = f"of `nsa-train eval`, for every run that it fits: {', '.join(TASKS)}"
     trained.add_argument("--eval", nargs="+", default=[], choices=TASKS, metavar="TASK", help=about)
@@ -284,8 +292,8 @@ def main() -> int:
     about = "of files that keep runs: those that it has are not trained, and those that end are kept there"
     trained.add_argument("--keep", type=Path, metavar="FOLDER", help=about)
     trained.add_argument("--name", help="of the report; default: the experiment's")
-    about = "of `nsa-train compare gates`, printed in the report"
-    trained.add_argument("--gates", nargs="+", default=[], type=Path, metavar="FILE", help=about)
+    about = "of `nsa-train compare gates`, printed in the report; may be repeated, each for other arms"
+    trained.add_argument("--gates", action="append", default=[], type=Path, metavar="FILE", help=about)
     trained.add_argument("--out", type=Path, help="folder of the report")
     args = parser.parse_args()
     runtime.setup_console()

@@ -16,8 +16,17 @@ from typing import Any
 import torch
 
 from nsa_train import runtime
+from nsa_train.config.schema import SAFE_NAME
+from nsa_train.errors import NsaTrainError
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+
+
+def safe_name(name: str) -> str:
+    """The name itself, where files may carry it. Raises NsaTrainError."""
+    if not SAFE_NAME.fullmatch(name):
+        raise NsaTrainError(f"--name {name!r} may hold letters, digits and . _ - only, 100 at most")
+    return name
 
 
 def device_facts() -> dict[str, Any]:

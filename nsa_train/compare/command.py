@@ -18,7 +18,6 @@ from nsa_train.compare.figure import plot_comparison
 from nsa_train.compare.markdown import markdown
 from nsa_train.compare.report import rows_of
 from nsa_train.compare.runs import Arms, Run
-from nsa_train.config.schema import SAFE_NAME
 from nsa_train.errors import NsaTrainError, RunFolderError
 
 MAPS = Path("eval", "maps.png")  # in the folder of a run
@@ -33,15 +32,13 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="nsa-train compare", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run, or its kept file")
     parser.add_argument("--name", help="of the report; default: the experiment's")
-    about = "JSON of `nsa-train compare gates`, printed in the report; several: each of other arms"
-    parser.add_argument("--gates", nargs="+", default=[], type=Path, metavar="FILE", help=about)
+    about = "JSON of `nsa-train compare gates`, printed in the report; may be repeated, each for other arms"
+    parser.add_argument("--gates", action="append", default=[], type=Path, metavar="FILE", help=about)
     parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of the report")
     args = parser.parse_args(arguments)
     arms = Arms.read(args.runs)
-    name = args.name or arms.all[0].config.experiment
-    if not SAFE_NAME.fullmatch(name):
-        raise NsaTrainError(f"--name {name!r} may hold letters, digits and . _ - only, 100 at most")
-    rows = rows_of(arms, [row for path in args.gates for row in _gates(path, arms)])
+    name = results.safe_name(args.name or arms.all[0].config.experiment)
+    rows = rows_of(arms, _all_gates(args.gates, arms))
     path = args.out / f"comparison_{name}.json"
     rows += _copied_maps(arms, path)
     results.write_result(path.stem, "comparison", rows, folder=args.out)
@@ -80,6 +77,17 @@ def _copied_maps(arms: Arms, report: Path) -> list[dict[str, Any]]:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(run.path / MAPS, copy)
             rows.append({"what": "maps", "arm": run.arm, "seed": run.seed, "figure": copy.name})
+    return rows
+
+
+def _all_gates(paths: list[Path], arms: Arms) -> list[dict[str, Any]]:
+    """Raises NsaTrainError where two files have gates of one arm."""
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        found = _gates(path, arms)
+        if twice := {row["arm"] for row in rows} & {row["arm"] for row in found}:
+            raise NsaTrainError(f"--gates {path}: an earlier file has gates of {', '.join(sorted(twice))}, too")
+        rows += found
     return rows
 
 

@@ -76,6 +76,7 @@ def load(path: Path) -> dict[str, Any]:
 def recipe(config: schema.Config) -> dict[str, Any]:
     """What of a configuration runs on any machine share: no absolute paths, nor where sources lie."""
     tree = _without_places(to_tree(config))
+    tree["init_from"] = config.init_from and Path(config.init_from).name
     for source in tree["data"]["sources"].values():
         del source["root"]
     return tree

@@ -97,8 +97,7 @@ def _setting(head: Row, result: Row) -> list[str]:
 
 
 def _steps(before: list[int | None]) -> str:
-    """Of the runs that these go on from, the first one first; an export does not know its steps."""
-    return " and ".join("unknown length" if steps is None else f"{steps:,} steps" for steps in reversed(before))
+    return " and ".join("unknown length" if steps is None else f"{steps:,} steps" for steps in before)
 
 
 def _levels(ladder: list[Row]) -> Iterator[str]:
@@ -215,7 +214,7 @@ def _inside(layer: Row) -> dict[str, float]:
     """Statistics of a layer under the names of the table."""
     found = {f"gate {branch}": value for branch, value in layer["gates"].items()}
     found |= {name.replace("_", " "): value for name, value in layer["selection"].items()}
-    found["common to all tokens"] = layer["common"]
+    found |= {"common to all tokens": layer["common"]} if "common" in layer else {}
     return found | ({"fullest expert, in mean loads": layer["load_peak"]} if "load_peak" in layer else {})
 
 

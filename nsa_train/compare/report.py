@@ -56,7 +56,7 @@ def _setting(arms: Arms) -> dict[str, Any]:
         "experiment": run.config.experiment, "baseline": arms.baseline, "corpus": run.manifest["corpus"],
         "unigram_entropy": run.summary["unigram_entropy"], "seq_len": trainer.seq_len, "steps": trainer.steps,
         "batch_tokens": trainer.seq_len * trainer.batch_rows, "tokens": run.summary["tokens"],
-        "steps_before": [one.get("step") for one in run.lineage[1:]],
+        "steps_before": run.steps_before,
         "heldout_documents": len(heldout.document), "heldout_labels": int(heldout.position[..., 1].sum()),
         "times_smaller_than_paper": PAPER_ACTIVE / run.summary["params_active"],
         "times_fewer_tokens_than_paper": PAPER_TOKENS / run.summary["tokens"],
@@ -122,7 +122,8 @@ def _layers(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
             kind: {name: mean(one[layer][kind][name] for one in probes) for name in probes[0][layer].get(kind, {})}
             for kind in ("gates", "selection")
         }
-        found["common"] = mean(one[layer]["common"] for one in probes)
+        if all("common" in one[layer] for one in probes):  # runs of before it was measured have none
+            found["common"] = mean(one[layer]["common"] for one in probes)
         if layer >= dense:
             late = [run.of("train")[-max(1, len(run.of("train")) // 4) :] for run in runs]
             found["load_peak"] = mean(row["load_peak"][layer - dense] for some in late for row in some)

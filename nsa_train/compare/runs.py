@@ -87,6 +87,16 @@ class Run:
         return found
 
     @property
+    def rows_read(self) -> list[str | None]:
+        """Fingerprints of the rows of the lineage's runs."""
+        return [one.get("rows_fingerprint") for one in self.lineage]
+
+    @property
+    def steps_before(self) -> list[int | None]:
+        """Of the runs that this one goes on from, the first one first; an export does not know its steps."""
+        return [one.get("step") for one in reversed(self.lineage[1:])]
+
+    @property
     def drawn_weights(self) -> dict[str, str]:
         """sha256 by name and shape of the weights that the first run of the lineage drew.
 
@@ -212,7 +222,7 @@ def _one_corpus(runs: Sequence[Run]) -> Iterator[str]:
 
 def _one_recipe(runs: Sequence[Run]) -> Iterator[str]:
     """Configurations differ in the arm, its learning rate and the seed; those of one arm in the seed only."""
-    free = (*FREE_KEYS, "name", "seed", "init_from")  # where the last one leads: `_same_rows_and_weights`
+    free = (*FREE_KEYS, "name", "seed", "data.corpus", "init_from")  # what the last two lead to has checks of its own
     recipes = {id(run): kept.recipe(run.config) for run in runs}
     for number, run in enumerate(runs):
         sibling = next(other for other in runs if other.arm == run.arm)
@@ -223,6 +233,14 @@ def _one_recipe(runs: Sequence[Run]) -> Iterator[str]:
             other_arm = (*free, *ARM_KEYS, "arm", "optim.lr")
             for key, (a, b) in differing(recipes[id(run)], recipes[id(runs[0])], other_arm).items():
                 yield f"{run.path}: {key}={a!r}, but {runs[0].path} has {b!r}, and that is no key of an arm"
+
+
+def _as_far(runs: Sequence[Run]) -> Iterator[str]:
+    """Runs of all seeds begin afresh, or go on from runs of as many steps."""
+    first = runs[0]
+    for run in runs[1:]:
+        if run.steps_before != first.steps_before:
+            yield f"{run.path}: goes on from {run.steps_before} steps, but {first.path} from {first.steps_before}"
 
 
 def _paired_seeds(runs: Sequence[Run]) -> Iterator[str]:
@@ -245,13 +263,13 @@ def _paired_seeds(runs: Sequence[Run]) -> Iterator[str]:
 def _same_rows_and_weights(runs: Sequence[Run]) -> Iterator[str]:
     """Runs of a seed read the same rows, in training and held out, and start alike where they have a parameter.
 
-    Runs that go on from others (`init_from`) are alike when those are, and as far.
+    Runs that go on from others (`init_from`) are alike when those are.
     """
     first: dict[int, Run] = {}
     weights: dict[int, dict[str, str]] = {}  # of a seed, by name and shape, whichever arm had them first
     for run in runs:
         other, known = first.setdefault(run.seed, run), weights.setdefault(run.seed, {})
-        if _rows(run) != _rows(other):
+        if run.rows_read != other.rows_read:
             yield f"{run.path}: other rows in another order than {other.path}, though both have seed {run.seed}"
         ours = run.drawn_weights
         unlike = [name for name in ours.keys() & known.keys() if ours[name] != known[name]]
@@ -264,11 +282,6 @@ def _same_rows_and_weights(runs: Sequence[Run]) -> Iterator[str]:
             yield f"{run.path}: its held-out losses are of other rows than those of {other.path}"
 
 
-def _rows(run: Run) -> list[tuple[str | None, int | None]]:
-    """Which rows the run and those that it goes on from have read, and how many steps of them."""
-    return [(one.get("rows_fingerprint"), one.get("step")) for one in run.lineage]
-
-
 CHECKS: tuple[Callable[[Sequence[Run]], Iterator[str]], ...] = (
-    _one_corpus, _one_recipe, _paired_seeds, _same_rows_and_weights,
+    _one_corpus, _one_recipe, _as_far, _paired_seeds, _same_rows_and_weights,
 )  # fmt: skip

@@ -58,7 +58,7 @@ class ModelConfig:
     norm_eps: float
     tied_embeddings: bool
     init_std: float
-    head_prior: bool  # add log frequencies of the run's tokens to the logits
+    head_prior: bool  # a fixed prior in the logits
     embedding_std: float  # of embeddings that are not tied to the head
 
     def problems(self) -> list[str]:

@@ -58,9 +58,9 @@ class Layout(NamedTuple):
 
 
 def common_share(x: Tensor) -> float:
-    """Share of the energy of states [T, M] that all tokens have in common, 0 to 1: |mean|^2 over the mean |x|^2.
+    """Share of the energy of normed states [T, M] that all tokens have in common, 0 to 1: |mean|^2 over the mean |x|^2.
 
-    Near 1 the tokens look alike to attention and routers (docs/design.md).
+    Near 1 the tokens look alike to attention and routers (docs/design.md). Padding counts as tokens.
     """
     x = x.float()
     return float(x.mean(0).square().sum() / x.square().sum(1).mean())

@@ -88,12 +88,12 @@ class Head(nn.Linear):
         self.register_buffer("prior", prior)
 
     def set_prior(self, counts: Tensor) -> None:
-        """ln of each token's share of `counts` [V], add-one smoothed, times V: 0 where all are equally frequent.
+        """ln of each token's frequency over the highest one, from `counts` [V], add-one smoothed; at most 0.
 
-        Rounded to bf16, so that the logits get the same one in every dtype.
+        Rounded to bf16, so that the logits get the same one in every dtype; what occurs often loses least.
         """
         counted = counts.double() + 1
-        self.prior.copy_((counted / counted.mean()).log().bfloat16())
+        self.prior.copy_((counted / counted.max()).log().bfloat16())
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.prior.to(x.dtype))

@@ -76,7 +76,7 @@ class NSATrainForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: NSATrainConfig) -> None:
         super().__init__(config)
         self.transformer = config.build()
-        if not self.transformer.embed.weight.is_meta:  # made, not loaded: start like a run with seed 0
+        if not self.transformer.embed.weight.is_meta:  # made, not loaded: weights of a run with seed 0
             self.transformer.start(seed=0)
         self.post_init()
 

@@ -57,7 +57,7 @@ def evaluate(
 
     `by_position` counts from the start of the document as the model sees it: a later piece of a document that is longer
     than a row starts at 0 again. `by_place` counts from the true start of the whole document.
-    `layers` holds statistics of gates and selection, from rank 0's first rows.
+    `layers` holds each layer's `Probe`, from rank 0's first rows.
     """
     seq_len = loader.stage(step).seq_len
     buckets, place_buckets = position_buckets(seq_len), position_buckets(max(seq_len, loader.longest_document))

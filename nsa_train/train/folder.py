@@ -22,10 +22,12 @@ from nsa_train.train.failures import FIRST_FAILURE
 
 # A resumed run may differ in these: they change how and how often, not what is computed.
 FREE_KEYS = (
-    "runs_dir", "logging", "parallel", "data.root", "data.corpus", "data.prepared_dir", "trainer.checkpoint_every",
+    "runs_dir", "logging", "parallel", "data.root", "data.prepared_dir", "trainer.checkpoint_every",
     "trainer.keep_checkpoints", "trainer.log_every", "trainer.export", "trainer.cuda_graphs", "trainer.recomputed",
     "profile",
 )  # fmt: skip
+# What was computed before a key of today came, where its default now is another.
+BEFORE = {"model": {"embedding_std": 0.02, "head_prior": False}}
 
 
 class RunFolder:
@@ -115,7 +117,8 @@ def read_config(folder: Path) -> schema.Config:
 
 
 def complete_config(tree: Any, path: Path) -> schema.Config:
-    """A configuration from `path`, of an older version too: keys that came later have the value of its recipe today.
+    """A configuration from `path`, of an older version too: keys that came later have the value that stands in BEFORE,
+    or else that of its recipe today.
 
     Raises RunFolderError where there is none, ConfigError where it is no legal one.
     """
@@ -126,7 +129,8 @@ def complete_config(tree: Any, path: Path) -> schema.Config:
     try:
         for name, today in to_tree(load_config(recipe)).items():
             before = tree.get(name, today)
-            tree[name] = today | before if isinstance(today, dict) and isinstance(before, dict) else before
+            both = isinstance(today, dict) and isinstance(before, dict)
+            tree[name] = today | BEFORE.get(name, {}) | before if both else before
         return config_from_tree(tree)
     except ConfigError as error:
         raise ConfigError(

@@ -86,7 +86,7 @@ def document_losses(
     model: Transformer, loader: Loader, trainer: schema.TrainerConfig, window: int, sources: Sequence[str],
     device: torch.device, step: int,
 ) -> HeldOut:  # fmt: skip
-    """Losses of the documents in the first `heldout_rows` held-out rows, on all ranks together."""
+    """By document, of the first `heldout_rows` rows of trainer.seq_len (None: `val_rows`), on all ranks together."""
     seq_len, source = loader.stage(step).seq_len, loader.document_sources
     edges = [
         np.array([0, *(end for _, end in position_buckets(seq_len, first))]) for first in (FIRST_BUCKET_TOKENS, window)

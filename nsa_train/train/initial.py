@@ -87,10 +87,10 @@ def start_weights(
 def take_weights(
     model: Transformer, place: Path | checkpoint.Found, files: contextlib.ExitStack
 ) -> tuple[dict[str, Callable[[], Tensor]], list[str]]:
-    """Copy router biases from `place`, and by parameter what reads its values (fp32) from there, while `files` is open.
+    """Copy buffers from `place`, and by parameter what reads its values (fp32) from there, while `files` is open.
 
-    Also lines that say what is taken and what not. NsaTrainError where a tensor has another shape there, where none is
-    one of the model's, or where a file is damaged.
+    Buffers are router biases and the head's prior. Also lines that say what is taken and what not. NsaTrainError where
+    a tensor has another shape there, where none is one of the model's, or where a file is damaged.
     """
     folder = place if isinstance(place, Path) else place.path
     wanted, buffers = {**dict(model.named_parameters()), **dict(model.named_buffers())}, dict(model.named_buffers())

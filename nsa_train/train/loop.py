@@ -154,7 +154,7 @@ class _Run:
         if self.found:
             materialise(self.model, {}, dtype, self.settings)
         else:
-            if config.model.head_prior:
+            if config.model.head_prior and not place:  # weights of another run come with the prior that they had
                 counts = self.loaders["train"].label_counts(trainer.steps, config.model.vocab)
                 self.model.head.set_prior(torch.from_numpy(counts))
             hashes, self.taken = start_weights(self.model, config.seed, place, dtype, self.settings)

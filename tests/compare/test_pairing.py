@@ -76,13 +76,27 @@ def test_runs_that_go_on_from_paired_runs_are_taken(tmp_path):
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        ({"step": 5}, "nsa-0: other rows in another order than "),
+        ({"step": 5}, "nsa-0: goes on from [5] steps, but "),
         ({"rows": "others"}, "nsa-0: other rows in another order than "),
         ({"embed.weight [8, 4]": "x"}, "nsa-0: starts from other weights than"),
     ],
 )
 def test_runs_that_go_on_from_runs_that_are_no_pair_are_refused(other, words, tmp_path):
     assert words in refusal(going_on(tmp_path, "full"), going_on(tmp_path, "nsa", **other))
+
+
+def test_seeds_that_go_on_from_runs_of_other_lengths_are_refused(tmp_path):
+    runs = [going_on(tmp_path, arm) for arm in ("full", "nsa")]
+    afresh = [make_run(tmp_path, arm, seed=1) for arm in ("full", "nsa")]
+    assert f"{afresh[0]}: goes on from [] steps, but {runs[0]} from [6]" in refusal(*runs, *afresh)
+
+
+def test_a_run_of_before_the_heads_prior_stands_beside_none_that_has_it(tmp_path):
+    full, nsa = make_run(tmp_path, "full"), make_run(tmp_path, "nsa")
+    tree = yaml.safe_load((nsa / "config.yaml").read_text())
+    del tree["model"]["head_prior"]
+    (nsa / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert "model.head_prior=False, but " in refusal(full, nsa)
 
 
 def test_a_run_that_goes_on_is_no_partner_of_one_that_began_afresh(tmp_path):

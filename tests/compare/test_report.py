@@ -79,9 +79,9 @@ def result(tmp_path_factory):
         for arm, gain in gains.items()
         for seed in range(3)
     ]
-    words = ["--name", "test", "--out", str(root / "out"), "--gates"]
+    words = ["--name", "test", "--out", str(root / "out")]
     for arm in gains:
-        words.append(str(root / f"gates-{arm}.json"))
+        words += ["--gates", str(root / f"gates-{arm}.json")]
         gates = {"schema": "nsa-train/gates/1", "rows": [{**gate, "arm": arm} for gate in PASSED]}
         Path(words[-1]).write_text(json.dumps(gates))
     assert main(["compare", *map(str, folders), *words]) == 0
@@ -228,6 +228,16 @@ def test_short_documents_are_told(tmp_path):
 def test_without_full_the_first_arm_is_the_baseline(tmp_path):
     runs = [make_run(tmp_path, arm) for arm in ("window", "nsa_no_win")]
     assert Arms.read(runs).pairs == [("nsa_no_win", "window")]
+
+
+def test_two_files_with_gates_of_one_arm_are_refused(tmp_path, capsys):
+    runs = [str(make_run(tmp_path, arm)) for arm in ("full", "nsa")]
+    gates = {"schema": "nsa-train/gates/1", "rows": [{**PASSED[0], "arm": "full"}]}
+    for name in ("old.json", "new.json"):
+        (tmp_path / name).write_text(json.dumps(gates))
+    words = ["--gates", str(tmp_path / "old.json"), "--gates", str(tmp_path / "new.json")]
+    assert main(["compare", *runs, "--out", str(tmp_path), *words]) == 2
+    assert "new.json: an earlier file has gates of full, too" in capsys.readouterr().err
 
 
 def test_gates_of_another_experiment_are_refused(tmp_path, capsys):

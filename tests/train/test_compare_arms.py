@@ -52,6 +52,9 @@ def test_two_arms_with_two_seeds_are_stopped_gone_on_with_and_compared(corpus, t
     words = ["run", "--arms", "full", "nsa", "--seeds", 1, "--name", "longer", "--start-from", tmp_path]
     words += ["--out", tmp_path / "out", "--set", *SMALL, *corpus, f"runs_dir={tmp_path / 'long'}", "trainer.steps=2"]
     words += ["stages=extend_32k", "stages.parts.long.seq_len=384", "stages.parts.long.rope_factor=3"]
+    lost = [str(tmp_path / "lost") if word is tmp_path else word for word in words]
+    missing = ", ".join(str(tmp_path / "lost" / f"tiny-{arm}-seed1") for arm in ("full", "nsa"))
+    assert f"error: --start-from: there are no runs {missing}; train them first" in ended(start(lost), 2)
     assert f", from weights that runs of {summary(runs['nsa', 1])['steps']} steps had trained." in ended(
         start(words), 0
     )

@@ -126,6 +126,13 @@ def test_losses_are_those_of_a_plain_pytorch_loop(run, config, prepared):
         assert row["lr"] == optimizer.param_groups[0]["lr"]
 
 
+def test_a_run_starts_from_the_frequencies_of_tokens(run):
+    """Those of the few steps that it has, so near the entropy only."""
+    first = next(row for row in rows(run) if row["split"] == "val")
+    assert (first["step"], first["loss"]) == (0, pytest.approx(summary(run)["unigram_entropy"], abs=0.3))
+    assert summary(run)["unigram_entropy"] < np.log(400) - 1
+
+
 def test_the_losses_of_the_documents_add_up_to_the_reported_ones(run, prepared):
     found, store = HeldOut.load(run / "heldout.npz"), TokenStore.open(prepared, "heldout")
     last = [row for row in rows(run) if row["split"] == "val"][-1]
@@ -144,8 +151,9 @@ def test_the_losses_of_the_documents_add_up_to_the_reported_ones(run, prepared):
 
 @pytest.mark.process
 def test_losses_by_document_can_be_of_other_rows_than_a_validation(train, tmp_path):
-    assert train("trainer.steps=1", "trainer.heldout_rows=2").wait() == 0
-    last = [row for row in rows(tmp_path / "run") if row["split"] == "val"][-1]
+    assert train("trainer.steps=1", "trainer.heldout_rows=2", "model.head_prior=false").wait() == 0
+    first, last = (row for row in rows(tmp_path / "run") if row["split"] == "val")
+    assert first["loss"] == pytest.approx(np.log(400), abs=0.05)  # no prior: a guess among all tokens
     loss, labels = HeldOut.load(tmp_path / "run" / "heldout.npz").position.sum((0, 1))
     assert 0 < labels <= 2 * 96 < last["val_tokens"]
     assert np.isfinite(loss)
