@@ -311,8 +311,8 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     if args.steps < 1:
         raise NsaTrainError(f"--steps {args.steps} must be positive")
-    name = args.name and results.safe_name(args.name)
     configs = [load_config([*args.set, f"attention={arm}"]) for arm in args.arms]
+    report = results.safe_name(args.name or configs[0].experiment)
     runtime.launch_alone()
     device, rows = runtime.device(), []
     start_processes(device, configs[0].parallel.timeout_s)
@@ -333,6 +333,6 @@ def main(arguments: list[str]) -> int:
                     )  # fmt: skip
     finally:
         stop_processes()
-    path = results.write_result(f"gates_{name or configs[0].experiment}", "gates", rows, folder=args.out)
+    path = results.write_result(f"gates_{report}", "gates", rows, folder=args.out)
     runtime.log.info("%s", path)
     return int(not all(row["passed"] for row in rows))

@@ -104,10 +104,10 @@ def lose_a_block():
 
 @pytest.mark.process
 def test_a_block_that_is_never_read_is_found_with_and_without_training(tmp_path):
-    words = ["compare", "gates", "--arms", "nsa", "--steps", "1", "--out", tmp_path, "--set", *SMALL]
+    words = ["compare", "gates", "--arms", "nsa", "--steps", "1", "--out", tmp_path, "--name", "lossy", "--set", *SMALL]
     job = Job(words, tmp_path / "output", before=lose_a_block)
     assert job.wait() == 1, job.text
-    passed = {row["gate"]: row["passed"] for row in json.loads((tmp_path / "gates_tiny.json").read_text())["rows"]}
+    passed = {row["gate"]: row["passed"] for row in json.loads((tmp_path / "gates_lossy.json").read_text())["rows"]}
     assert passed["win is full up to w tokens"]
     assert not passed["slc is full up to n l' tokens"]
     assert not passed["first steps of slc as of full"]
