@@ -21,8 +21,7 @@ SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def _not_positive(section: object, *keys: str) -> list[str]:
-    values = {key: getattr(section, key) for key in keys}
-    return [f"{key}={value} must be positive" for key, value in values.items() if value is not None and value <= 0]
+    return [f"{key}={x} must be positive" for key in keys if (x := getattr(section, key)) is not None and x <= 0]
 
 
 def _negative(section: object, *keys: str) -> list[str]:
@@ -174,7 +173,8 @@ class SourceConfig:
             found.append(
                 "kind=recall needs take (documents), min_chars and max_chars: it makes documents of such sizes"
             )
-        found += _not_positive(self, "take")
+        if self.take is not None and self.take <= 0:
+            found.append(f"take={self.take} must be positive, or null for all")
         root = Path(self.root).resolve()
         for path in () if self.kind == "hub" else (*self.paths, *self.heldout_paths):
             if not (root / path).resolve().is_relative_to(root):

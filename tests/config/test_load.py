@@ -326,7 +326,7 @@ def test_sources_take_from_their_neighbours_what_they_do_not_say():
         (["data=files", "data.sources.one.paths=[../x]"], "data.sources.one.paths: ../x leaves data.root=."),
         (["data=files", "data.sources={a/b: {paths: [x]}}"], "data.sources='a/b' may hold letters"),
         (["data.languages=[en]"], "data.languages=['en'] needs records, which kind=stdlib has not"),
-        (["data.take=0"], "data.take=0 must be positive"),
+        (["data.take=0"], "data.take=0 must be positive, or null"),
         (["data.depth=-1", "data.min_chars=-1"], "data.min_chars=-1 must not be negative"),
         (["data.near_duplicates=1.0"], "data.near_duplicates=1.0 must lie between 0 and 1"),
         (["data.workers=-1"], "data.workers=-1 must not be negative"),
