@@ -27,7 +27,8 @@ announce() {
 # real_code CODE: what the run itself ended with. Launchers turn every code but 0 into 1; summary.json has it.
 real_code() {
     local code=$1
-    if [ "$code" != 0 ] && [ "$run_dir/summary.json" -nt "$started" ]; then
+    # Not -nt: what is written within one tick of the file system's clock has one time.
+    if [ "$code" != 0 ] && [ ! "$run_dir/summary.json" -ot "$started" ]; then
         code=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["exit_code"] or sys.argv[2])' \
             "$run_dir/summary.json" "$code")
     fi
