@@ -61,9 +61,8 @@ class ModelConfig:
     embedding_std: float  # of embeddings that are not tied to the head
 
     def problems(self) -> list[str]:
-        found = _not_positive(self, "vocab", "layers", "width", "heads", "kv_heads", "key_dim", "value_dim")
-        found += _not_positive(self, "max_seq_len", "rope_theta", "rope_trained_len", "norm_eps", "init_std")
-        found += _not_positive(self, "embedding_std")
+        found = _not_positive(self, "vocab", "layers", "width", "heads", "kv_heads", "key_dim", "value_dim", "norm_eps")
+        found += _not_positive(self, "max_seq_len", "rope_theta", "rope_trained_len", "init_std", "embedding_std")
         if self.kv_heads > 0 and self.heads % self.kv_heads:
             found.append(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
         if self.key_dim % 2:
@@ -83,6 +82,7 @@ class AttentionConfig:
 
     branches: tuple[Branch, ...]  # [full] is the FlashAttention baseline, [cmp, slc, win] is NSA
     gate: bool  # sigmoid gate per query head and branch
+    gate_scale: float  # of what it reads: how fast it learns beside the rest
     phi: Literal["mlp", "linear", "gated_pool", "mean"]  # how a block becomes one compressed key or value
     shared_kv: bool  # one K/V projection for all branches instead of one each
     selection: Literal["topn", "random", "none"]  # how the free blocks are chosen; none: forced blocks only
@@ -97,7 +97,7 @@ class AttentionConfig:
 
     def problems(self) -> list[str]:
         sizes = ("cmp_block", "cmp_stride", "slc_block", "slc_count", "slc_local", "window")
-        found = _not_positive(self, *sizes) + _negative(self, "slc_init")
+        found = _not_positive(self, *sizes, "gate_scale") + _negative(self, "slc_init")
         if self.branches not in BRANCH_LISTS:
             choices = " or ".join("[" + ",".join(names) + "]" for names in BRANCH_LISTS)
             found.append(f"branches=[{','.join(self.branches)}] is not trainable; use {choices}")

@@ -118,6 +118,15 @@ def test_gates_start_at_one_half(arm):
     assert (gates == 0.5).all()
 
 
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+def test_gates_are_eq_5_of_a_scaled_input(scale):
+    made, x = layer(nsa(gate_scale=scale)), torch.randn(7, MODEL.width)
+    want = torch.sigmoid(x @ (made.gate.weight.T * scale) + made.gate.bias)
+    got = made.project(x)[1]
+    assert got.std() > 0
+    torch.testing.assert_close(got, want.view(7, MODEL.heads, 3))
+
+
 def test_each_branch_reads_its_own_projection():
     attention = layer(NSA)
     case = inputs(attention)
