@@ -136,8 +136,8 @@ def main() -> None:
     rows = results.with_earlier(path, rows, lambda row: (row["variant"], row["seed"]))
     for row in rows:
         print(f"{row['variant']}, seed {row['seed']}: {row['learned_step'] or 'more than ' + str(row['steps'])} steps")
-    plot(rows, path.with_suffix(".png"))
     print(results.write_result(args.name, "copies", rows))
+    plot(rows, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
