@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from nsa_train.bench import results
 from nsa_train.config.load import load_config
+from nsa_train.config.schema import Config
+from nsa_train.errors import NsaTrainError
 from nsa_train.model.transformer import Transformer
 from nsa_train.packing import Packing
 from nsa_train.train.optim import build_optimizer, lr_at
@@ -65,10 +68,15 @@ class Text:
         return Batch(x.flatten(), labels.flatten(), copied.flatten())
 
 
-def train(variant: str, seed: int) -> dict[str, Any]:
-    """A row of the result: `arm:key=value,...` trained from the seed's initial weights."""
+def config_of(variant: str, seed: int) -> Config:
+    """Of `arm:key=value,...`. Raises ConfigError."""
     arm, _, words = variant.partition(":")
-    config = load_config([*SETTINGS, f"attention={arm}", f"seed={seed}", *filter(None, words.split(","))])
+    return load_config([*SETTINGS, f"attention={arm}", f"seed={seed}", *filter(None, words.split(","))])
+
+
+def train(variant: str, seed: int) -> dict[str, Any]:
+    """A row of the result: the variant trained from the seed's initial weights on the seed's text."""
+    config = config_of(variant, seed)
     steps = config.trainer.steps
     model = Transformer(config.model, config.attention, config.moe)
     model.start(seed)
@@ -125,20 +133,27 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="+", metavar="ARM[:key=value,...]", help="options of configs/attention")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--name", default="copies_cpu", help="of the result")
     args = parser.parse_args()
-    path = results.RESULTS / f"{results.safe_name(args.name)}.json"
+    try:
+        path = results.RESULTS / f"{results.safe_name(args.name)}.json"
+        for variant in args.variants:  # all of them, before any is trained
+            config_of(variant, args.seeds[0])
+    except NsaTrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     rows = [train(variant, seed) for seed in args.seeds for variant in args.variants]
     rows = results.with_earlier(path, rows, lambda row: (row["variant"], row["seed"]))
     for row in rows:
         print(f"{row['variant']}, seed {row['seed']}: {row['learned_step'] or 'more than ' + str(row['steps'])} steps")
-    print(results.write_result(args.name, "copies", rows))
+    print(results.write_result(args.name, "copies", rows, folder=path.parent))
     plot(rows, path.with_suffix(".png"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -62,7 +62,7 @@ def common_share(x: Tensor) -> float:
 
     Near 1 the tokens look alike to attention and routers (docs/design.md). Padding counts as tokens.
     """
-    x = x.float()
+    x = x.detach().float()
     return float(x.mean(0).square().sum() / x.square().sum(1).mean())
 
 
