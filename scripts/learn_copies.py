@@ -4,7 +4,7 @@ python scripts/learn_copies.py full full_gated nsa nsa:attention.gate_scale=1 --
 
 Until a model copies, hardly anything in its context helps, so what stands in the way of learning shows here first. A
 row is 96 tokens of 64 kinds: random ones, of which three in ten follow from the token before; behind 16 to 47 of them
-everything is as it was so many tokens before. Writes docs/results/copies_<machine>.json and .png.
+everything is as it was so many tokens before. Writes docs/results/copies_cpu.json and .png.
 """
 
 from __future__ import annotations

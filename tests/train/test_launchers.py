@@ -42,6 +42,8 @@ def logged(run):
 
 def test_ctrl_c_under_torchrun_with_two_processes_and_on_under_deepspeed(words, tmp_path, whole):
     run, output = tmp_path / "run", tmp_path / "output"
+    # Slow, so that the signal, which goes from process to process, finds it under way; the losses are the same.
+    words.append("trainer.checkpoint_every=1")
     torchrun = start([*launcher("torchrun", "--processes", 2), *words], tmp_path)
     try:
         wait_until(lambda: has_step(run, 1) or torchrun.poll() is not None)
