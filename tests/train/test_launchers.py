@@ -22,9 +22,15 @@ def this_python(monkeypatch):
 
 
 def start(command, tmp_path):
-    """A process at the head of its own group, as a terminal would start it; its output goes to a file."""
+    """A process at the head of its own group, as a terminal would start it; its output goes to a file.
+
+    What a shell runs in the background ignores Ctrl-C, and hands that down, also from tests.
+    """
     with (tmp_path / "output").open("a") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
 
 
 @pytest.fixture
@@ -42,8 +48,6 @@ def logged(run):
 
 def test_ctrl_c_under_torchrun_with_two_processes_and_on_under_deepspeed(words, tmp_path, whole):
     run, output = tmp_path / "run", tmp_path / "output"
-    # Slow, so that the signal, which goes from process to process, finds it under way; the losses are the same.
-    words.append("trainer.checkpoint_every=1")
     torchrun = start([*launcher("torchrun", "--processes", 2), *words], tmp_path)
     try:
         wait_until(lambda: has_step(run, 1) or torchrun.poll() is not None)
