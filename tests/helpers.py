@@ -1,4 +1,8 @@
-"""What several tests need: one comparison of tensors, and random packed inputs of the NSA op."""
+"""What several tests need: one comparison of tensors, random packed inputs of the NSA op, and a script as a module."""
+
+import importlib.util
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +32,16 @@ def assert_close(name, got, want, rms):
         raise AssertionError(
             f"{name}: relative rms {error:.3g} > {rms:.3g}; worst at {worst}: {got[worst]:.6g}, not {want[worst]:.6g}"
         )
+
+
+def load_script(name, monkeypatch):
+    """scripts/<name>.py as a module, for one test."""
+    path = Path(__file__).resolve().parents[1] / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # where dataclasses look for their own
+    spec.loader.exec_module(module)
+    return module
 
 
 def start_fixed(module):

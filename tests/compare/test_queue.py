@@ -1,6 +1,5 @@
 """The script that trains the arms of a comparison picks learning rates from runs that are there."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from folders import make_run
+from helpers import load_script
 
 from nsa_train.cli import main
 from nsa_train.compare.runs import Run
@@ -126,10 +126,7 @@ def test_a_file_of_another_run_is_left_and_told(tmp_path):
 @pytest.fixture
 def script(monkeypatch):
     """The script as a module. What it starts waits for a signal, and it leaves those of the tests alone."""
-    spec = importlib.util.spec_from_file_location("compare_arms", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "compare_arms", module)
-    spec.loader.exec_module(module)
+    module = load_script("compare_arms", monkeypatch)
     monkeypatch.setattr(module, "PROGRAM", (sys.executable, "-c", "import time; time.sleep(100)"))
     monkeypatch.setattr(module.signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(module, "_devices", lambda: [None])

@@ -22,12 +22,12 @@ def test_another_text_of_one_document_leaves_the_logits_of_the_others_to_the_bit
     model = Transformer(config.model, config.attention, config.moe)
     model.start(0)
     model.to(device, torch.float32 if device == "cpu" else torch.bfloat16)
-    loader = make_loader(store, seq_len=2048, batch_rows=1, align=align, max_documents=8)
-    rows = [(step, row) for step in range(99) for row in loader.step_rows(step)]
-    step, row = max(rows, key=lambda found: found[1].pieces.stop - found[1].pieces.start)
+    loader = make_loader(store, seq_len=3072, batch_rows=1, align=align, max_documents=8)
+    step, row = next(
+        (i, row) for i in range(99) for row in loader.step_rows(i) if row.pieces.stop - row.pieces.start > 2
+    )
     (batch,) = (batch.to(device) for batch in loader.micro_batches(step, 0, 1, 1))
     ends = np.cumsum(aligned(row.plan.length[row.pieces], align)).tolist()
-    assert len(ends) > 1
     assert ends[0] > config.attention.slc_count * config.attention.slc_block
     with torch.no_grad():
         before = model.logits(batch.tokens, batch.packing)

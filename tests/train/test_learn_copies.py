@@ -1,6 +1,5 @@
 """The text and the command of scripts/learn_copies.py."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,17 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import load_script
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "learn_copies.py"
 
 
 @pytest.fixture
 def script(monkeypatch):
-    spec = importlib.util.spec_from_file_location("learn_copies", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "learn_copies", module)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("learn_copies", monkeypatch)
 
 
 def test_what_counts_as_copied_stood_in_the_row_behind_the_same_two_tokens(script):
