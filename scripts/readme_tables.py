@@ -133,28 +133,8 @@ def moe() -> str:
     return "\n".join(lines)
 
 
-def copies() -> str:
-    """When each variant learned to copy, and its gates of the last layer, by seed."""
-    of: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in json.loads((RESULTS / "copies_cpu.json").read_text())["rows"]:
-        of.setdefault(row["variant"], {})[row["seed"]] = row
-    lines = [
-        "| attention | steps until a copied token costs less than 1 nat | gates after 200 steps |",
-        "|---|---|---|",
-    ]
-    for variant, rows in of.items():
-        steps, gates = [], []
-        for _, row in sorted(rows.items()):
-            steps.append(str(row["learned_step"] or f"> {row['steps']}"))
-            layers = next(point["gates"] for point in row["curve"] if point["step"] == 200)
-            gates.append(" ".join(f"{branch} {gate:.2f}" for branch, gate in layers[-1].items()) if layers else "-")
-        lines.append(f"| `{variant.replace(':', '` `')}` | {', '.join(steps)} | {'; '.join(gates)} |")
-    return "\n".join(lines)
-
-
 PAGES = {
     "README.md": {"first_run": first_run, "attention": attention},
-    "docs/design.md": {"copies": copies},
     "docs/kernels.md": {"trained": partial(attention, trained=True)},
     "docs/performance.md": {"memory": memory_plan, "training": training, "moe": moe},
 }

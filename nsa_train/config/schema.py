@@ -82,7 +82,6 @@ class AttentionConfig:
 
     branches: tuple[Branch, ...]  # [full] is the FlashAttention baseline, [cmp, slc, win] is NSA
     gate: bool  # sigmoid gate per query head and branch
-    gate_scale: float  # of what it reads: how fast it learns beside the rest
     phi: Literal["mlp", "linear", "gated_pool", "mean"]  # how a block becomes one compressed key or value
     shared_kv: bool  # one K/V projection for all branches instead of one each
     selection: Literal["topn", "random", "none"]  # how the free blocks are chosen; none: forced blocks only
@@ -97,7 +96,7 @@ class AttentionConfig:
 
     def problems(self) -> list[str]:
         sizes = ("cmp_block", "cmp_stride", "slc_block", "slc_count", "slc_local", "window")
-        found = _not_positive(self, *sizes, "gate_scale") + _negative(self, "slc_init")
+        found = _not_positive(self, *sizes) + _negative(self, "slc_init")
         if self.branches not in BRANCH_LISTS:
             choices = " or ".join("[" + ",".join(names) + "]" for names in BRANCH_LISTS)
             found.append(f"branches=[{','.join(self.branches)}] is not trainable; use {choices}")

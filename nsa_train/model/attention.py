@@ -100,8 +100,7 @@ class Attention(nn.Module):
         raw = {name: (heads[2 * i], heads[2 * i + 1]) for i, name in enumerate(self.kv)}
         if not self.config.gate:
             return raw, None
-        read = parts[-1] * self.config.gate_scale + self.gate.bias
-        return raw, read.sigmoid().unflatten(-1, (self.heads, -1))
+        return raw, (parts[-1] + self.gate.bias).sigmoid().unflatten(-1, (self.heads, -1))
 
     def layout(self, packing: Packing, angles: Angles) -> Layout:
         """Of a batch, for all layers of the model."""

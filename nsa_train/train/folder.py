@@ -27,7 +27,7 @@ FREE_KEYS = (
     "profile",
 )  # fmt: skip
 # What was computed before a key of today came, where its default now is another.
-BEFORE = {"model": {"embedding_std": 0.02, "head_prior": False}, "attention": {"gate_scale": 1.0}}
+BEFORE = {"model": {"embedding_std": 0.02, "head_prior": False}}
 
 
 class RunFolder:

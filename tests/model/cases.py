@@ -18,8 +18,8 @@ MOE = MoEConfig(
     aux_weight=1e-4,
 )  # fmt: skip
 NSA = AttentionConfig(
-    branches=("cmp", "slc", "win"), gate=True, gate_scale=0.1, phi="mlp", shared_kv=False, selection="topn",
-    cmp_block=4, cmp_stride=2, slc_block=4, slc_count=4, slc_init=1, slc_local=2, window=5, backend="auto",
+    branches=("cmp", "slc", "win"), gate=True, phi="mlp", shared_kv=False, selection="topn", cmp_block=4, cmp_stride=2,
+    slc_block=4, slc_count=4, slc_init=1, slc_local=2, window=5, backend="auto",
 )  # fmt: skip
 LENGTHS = (19, 3, 26)
 
