@@ -57,7 +57,7 @@ def first_of_all(options, gpu, ranks=1):
 @pytest.mark.parametrize(
     ("options", "gib"),
     [
-        *((["experiment=r1", "trainer.micro_rows=32"], gib) for gib in (30, 12, 8)),
+        *((["experiment=r1", "trainer.batch_rows=32", "trainer.micro_rows=32"], gib) for gib in (30, 12, 8)),
         (["experiment=m", "trainer.batch_rows=32"], 35),
         (["experiment=paper_27b", "trainer.batch_rows=32", "trainer.micro_rows=32", OFF], 120),
     ],

@@ -43,5 +43,5 @@ def test_nothing_is_said_of_unknown_gpus_or_before_enough_steps(name, steps):
 
 
 def test_without_shares_for_its_numbers_a_run_compares_memory_only():
-    (line,) = lines(H100, "trainer.dtype=fp32")
+    (line,) = lines(H100, "trainer.dtype=fp32", "trainer.batch_rows=32")
     assert re.fullmatch(r"step 120: 262,144 tok/s; peak 18.7 GiB, planned \d+\.\d", line)

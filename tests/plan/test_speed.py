@@ -128,7 +128,7 @@ def test_zero_3_sends_more_and_zero_1_less_than_zero_2():
 
 
 def test_a_run_of_stages_takes_what_its_stages_take_together():
-    config = load_config(["stages=long_64k", "experiment=r1", "trainer.steps=9000"])
+    config = load_config(["stages=long_64k", "experiment=r1", "trainer.batch_rows=32", "trainer.steps=9000"])
     short, long = stages_of(config)
     assert (at_stage(config, long, 1).trainer.seq_len, at_stage(config, long, 1).trainer.micro_rows) == (65536, 2)
     seconds = [sum(speed.step_seconds(at_stage(config, stage, 1), "h100", 1).values()) for stage in (short, long)]
@@ -168,7 +168,7 @@ def test_a_machine_that_is_not_known_is_refused(words, message):
 
 def test_gpus_that_cannot_share_a_step_are_refused():
     with pytest.raises(ConfigError, match=r"gpus=3: trainer\.batch_rows=32 is not a multiple of the 3 processes"):
-        plan(load_config(["experiment=r1"]), Machine(gpus=(3,)))
+        plan(load_config(["experiment=r1", "trainer.batch_rows=32"]), Machine(gpus=(3,)))
 
 
 def test_no_speed_is_said_where_none_was_measured():
