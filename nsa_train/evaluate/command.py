@@ -153,7 +153,7 @@ def _grid(
         documents = make_documents(task, tokenizer, length, options.depths, options.samples)
         found = list(answers(model, documents, config.attention, batch_tokens))
         yield from ({"what": "cell", "task": task, **cell} for cell in cells(found, length, options.depths))
-        whole = summary(found, length, options.depths)
+        whole = summary(found, length)
         yield {"what": "summary", "task": task, "arm": config.arm, "rope_factor": factor, **whole}
         runtime.log.info("%s", _line(task, whole))
 

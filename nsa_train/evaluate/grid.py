@@ -85,20 +85,23 @@ def _selected(chosen: torch.Tensor | None, asked: Asked, attention: AttentionCon
 
 
 def cells(found: Sequence[Answer], length: int, depths: int) -> Iterator[dict[str, Any]]:
-    """A row for each depth that was asked for. Its zone is that of any question in it."""
+    """A row for each depth that was asked for: of the questions that need selection, or, where none does, of all.
+
+    `zone` is where the facts of the latter lie.
+    """
     for depth in range(depths):
         mine = [answer for answer in found if answer.depth == depth]
         if mine:
-            zones = [answer.zone for answer in mine if answer.zone]
-            share = depth / max(1, depths - 1)
-            yield {"length": length, "depth": share, "zone": zones[0] if zones else None, **_scores(mine)}
+            counted = [answer for answer in mine if not answer.zone]
+            share, zone = depth / max(1, depths - 1), None if counted else mine[0].zone
+            yield {"length": length, "depth": share, "zone": zone, **_scores(counted or mine)}
 
 
-def summary(found: Sequence[Answer], length: int, depths: int) -> dict[str, Any]:
-    """Of a length, over the cells in which every fact must be selected."""
-    marked = {answer.depth for answer in found if answer.zone}
-    counted = [answer for answer in found if answer.depth not in marked]
-    return {"length": length, "cells": depths - len(marked), **(_scores(counted) if counted else {"samples": 0})}
+def summary(found: Sequence[Answer], length: int) -> dict[str, Any]:
+    """Of a length, over the questions that need selection."""
+    counted = [answer for answer in found if not answer.zone]
+    cells = len({answer.depth for answer in counted})
+    return {"length": length, "cells": cells, **(_scores(counted) if counted else {"samples": 0})}
 
 
 def _scores(found: Sequence[Answer]) -> dict[str, Any]:

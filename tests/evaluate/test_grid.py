@@ -76,9 +76,19 @@ def test_cells_in_a_zone_are_marked_and_left_out_of_the_summary():
     assert [(row["depth"], row["zone"], row["accuracy"]) for row in rows] == [
         (0, "forced", 0.5), (pytest.approx(1 / 3), None, 0.5), (pytest.approx(2 / 3), None, 1.0), (1, "window", 0.5),
     ]  # fmt: skip
-    whole = summary(FOUND, 512, 4)
+    whole = summary(FOUND, 512)
     assert (whole["samples"], whole["cells"], whole["accuracy"], whole["selection_recall"]) == (4, 2, 0.75, 0.5)
-    assert summary(FOUND[:2], 512, 1) == {"length": 512, "cells": 0, "samples": 0}
+    assert summary(FOUND[:2], 512) == {"length": 512, "cells": 0, "samples": 0}
+
+
+def test_a_cell_counts_its_questions_that_need_selection():
+    mixed = [Answer(True, 1.0, "window", 0.5, 0), Answer(False, 2.0, None, 0.5, 0), Answer(True, 2.0, None, 0.5, 0)]
+    (cell,) = cells(mixed, 512, 1)
+    assert (cell["zone"], cell["samples"], cell["accuracy"], cell["loss"]) == (None, 2, 0.5, 2.0)
+    assert summary(mixed, 512) == {
+        "cells": 1,
+        **{key: value for key, value in cell.items() if key not in ("depth", "zone")},
+    }
 
 
 def test_wilsons_interval_is_that_of_the_books():

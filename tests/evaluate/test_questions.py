@@ -14,10 +14,10 @@ from nsa_train.evaluate.questions import KINDS, Asked, make_documents
 LENGTH, DEPTHS, SAMPLES = 1500, 5, 3
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+@pytest.fixture(scope="module", params=[400, 3000], ids=["few words", "many words"])
+def tokenizer(request):
     texts = [document.text for document in recall_documents("train", 40, 500, 5000)]
-    return train_tokenizer(texts, 400, "bpe", 1, 0)
+    return train_tokenizer(texts, request.param, "bpe", 1, 0)
 
 
 def made(task, tokenizer, length=LENGTH):

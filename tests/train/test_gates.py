@@ -1,6 +1,7 @@
 """The gates before a comparison pass for sound arms, and turn red for planted faults."""
 
 import json
+import math
 from functools import partial
 
 import pytest
@@ -78,6 +79,16 @@ def test_a_window_that_misses_a_token_is_found(monkeypatch):
 def test_a_gate_about_a_branch_is_silent_where_there_is_none():
     for gate in ("slc is full up to n l' tokens", "win is full up to w tokens", TRAINED[0]):
         assert find(gate, "attention=full_gated") is None
+
+
+@pytest.mark.parametrize("lost", [0, 1], ids=["slc", "full"])
+def test_losses_that_are_no_numbers_are_not_equal(lost, monkeypatch):
+    curves = [[6.0, 5.0, 4.0], [6.0, 5.0, 4.0]]
+    monkeypatch.setattr(Subject, "train", lambda self, model, batches, rates: iter(curves.pop()))
+    assert find("first steps of slc as of full").passed
+    curves[:] = [[6.0, 5.0, 4.0], [6.0, 5.0, 4.0]]
+    curves[lost][1] = math.nan
+    assert not find("first steps of slc as of full").passed
 
 
 @pytest.mark.process
