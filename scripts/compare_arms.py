@@ -5,8 +5,8 @@ python scripts/compare_arms.py run --arms full nsa --seeds 0 1 2 --rates runs/r1
 
 What --set says goes to every run. Ctrl-C, SIGTERM or the end of --until let the runs write checkpoints (exit code 75);
 the same command goes on. Finished runs are not repeated, nor those that the folder of --keep has a file of. `sweep`
-writes <runs_dir>/<experiment>-lr.json: each arm's best learning rate by held-out loss, and whether it lies at the edge
-of those that were tried.
+writes <runs_dir>/<experiment>-lr.json: each arm's best learning rate by held-out loss, whether it lies at the edge of
+those that were tried, and what --set said; rows of other arms stay in it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from nsa_train import runtime
 from nsa_train.bench import results
 from nsa_train.compare import kept
 from nsa_train.compare.command import main as compare
+from nsa_train.compare.command import read_gates
 from nsa_train.compare.runs import Run
 from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
 from nsa_train.errors import DivergedError, Interrupted, NsaTrainError, RunFolderError
-from nsa_train.evaluate.command import TASKS, misfit
+from nsa_train.evaluate.command import TASKS, Options, check_lengths, misfit
 from nsa_train.train.folder import FREE_KEYS, RunFolder, differing
 
 POLL_S = 0.2
@@ -91,6 +92,10 @@ class Job:
     @property
     def trained(self) -> bool:
         return self.summary.get("status") == "done"
+
+    @property
+    def diverged(self) -> bool:
+        return self.summary.get("exit_code") == DivergedError.exit_code
 
     @property
     def kept(self) -> bool:
@@ -208,7 +213,7 @@ def sweep(queue: Queue, arms: list[str], lrs: list[float], overrides: list[str])
     """Train each arm with each learning rate; keep the best by held-out loss, a diverged run counting as worst."""
     jobs = {(arm, lr): Job.of(f"{arm}-lr{lr:g}", *overrides, f"attention={arm}", f"optim.lr={lr}")
             for arm in arms for lr in sorted(lrs)}  # fmt: skip
-    queue.train(list(jobs.values()))
+    queue.train([job for job in jobs.values() if not job.diverged])
     rows = []
     for arm in arms:
         losses = {lr: _final_loss(jobs[arm, lr]) for lr in sorted(lrs)}
@@ -219,18 +224,21 @@ def sweep(queue: Queue, arms: list[str], lrs: list[float], overrides: list[str])
         edge = best in (min(lrs), max(lrs))
         shown = ", ".join(f"{lr:g}: {'diverged' if loss is None else f'{loss:.4f}'}" for lr, loss in losses.items())
         rows.append(
-            {"arm": arm, "lr": best, "at_edge": edge, "losses": {f"{lr:g}": loss for lr, loss in losses.items()}}
-        )
+            {"arm": arm, "lr": best, "at_edge": edge, "losses": {f"{lr:g}": loss for lr, loss in losses.items()},
+             "set": overrides}
+        )  # fmt: skip
         print(f"{arm}: best learning rate {best:g} of {shown}" + ("; at the edge: extend --lrs" if edge else ""))
     config = next(iter(jobs.values())).config
-    print(results.write_result(f"{config.experiment}-lr", "sweep", rows, folder=Path(config.runs_dir)))
+    path = Path(config.runs_dir, f"{config.experiment}-lr.json")
+    rows = results.with_earlier(path, rows, lambda row: row["arm"])
+    print(results.write_result(path.stem, "sweep", rows, folder=path.parent))
     return 0
 
 
 def _final_loss(job: Job) -> float | None:
     """Held-out loss of a finished run, None of one that diverged."""
     summary = job.summary
-    if summary.get("status") != "done" and summary.get("exit_code") != DivergedError.exit_code:
+    if summary.get("status") != "done" and not job.diverged:
         raise NsaTrainError(f"{job.config.name} did not finish; see {job.log}")
     return summary["val_loss_last"] if summary["status"] == "done" else None
 
@@ -242,8 +250,8 @@ def run(queue: Queue, args: argparse.Namespace) -> int:
         raise NsaTrainError(f"--rates {args.rates}: no learning rate for {', '.join(missing)}; sweep these arms too")
     lengths = [f"lengths={args.lengths}"] if args.lengths else []
     experiment, jobs = load_config(args.set).experiment, []
-    for seed in args.seeds:
-        for arm in args.arms:
+    for seed in dict.fromkeys(args.seeds):
+        for arm in dict.fromkeys(args.arms):
             rate = [f"optim.lr={rates[arm]}"] if rates else []
             words = [*args.set, f"attention={arm}", f"seed={seed}", *rate]
             name = f"{arm}-seed{seed}"
@@ -251,6 +259,10 @@ def run(queue: Queue, args: argparse.Namespace) -> int:
                 words.append(f"init_from={args.start_from / f'{experiment}-{name}'}")
             jobs.append(Job.of(name, *words, tasks=args.eval, lengths=lengths, keep=args.keep))
     _check_sources(jobs)
+    results.safe_name(args.name or experiment)  # and what else would be found wrong only after the training
+    read_gates(args.gates, [job.config for job in jobs])
+    for job in jobs:
+        check_lengths(Options.parse([f"task={','.join(args.eval) or TASKS[0]}", *lengths]), job.config)
     queue.train(jobs)
     options = [f"--{key}={getattr(args, key)}" for key in ("name", "out") if getattr(args, key)]
     options += [f"--gates={path}" for path in args.gates]
@@ -288,7 +300,7 @@ def main() -> int:
     trained.add_argument("--start-from", type=Path, metavar="FOLDER", help=about)
     about = f"of `nsa-train eval`, for every run that it fits: {', '.join(TASKS)}"
     trained.add_argument("--eval", nargs="+", default=[], choices=TASKS, metavar="TASK", help=about)
-    trained.add_argument("--lengths", metavar="N,N", help="of these tasks")
+    trained.add_argument("--lengths", metavar="N,N", help="of these tasks; what has an answer is not asked again")
     about = "of files that keep runs: those that it has are not trained, and those that end are kept there"
     trained.add_argument("--keep", type=Path, metavar="FOLDER", help=about)
     trained.add_argument("--name", help="of the report; default: the experiment's")

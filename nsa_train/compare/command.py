@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from nsa_train.compare.figure import plot_comparison
 from nsa_train.compare.markdown import markdown
 from nsa_train.compare.report import rows_of
 from nsa_train.compare.runs import Arms, Run
-from nsa_train.errors import NsaTrainError, RunFolderError
+from nsa_train.config.schema import Config
+from nsa_train.errors import ConfigError, NsaTrainError, RunFolderError
 
 MAPS = Path("eval", "maps.png")  # in the folder of a run
 
@@ -38,7 +40,7 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     arms = Arms.read(args.runs)
     name = results.safe_name(args.name or arms.all[0].config.experiment)
-    rows = rows_of(arms, _all_gates(args.gates, arms))
+    rows = rows_of(arms, read_gates(args.gates, [run.config for run in arms.all]))
     path = args.out / f"comparison_{name}.json"
     rows += _copied_maps(arms, path)
     results.write_result(path.stem, "comparison", rows, folder=args.out)
@@ -61,7 +63,7 @@ def _keep(arguments: list[str]) -> int:
         try:
             path, written = Run.read(folder).keep(args.out)
             runtime.log.info("%s: %d bytes%s", path, path.stat().st_size, "" if written else ", is already there")
-        except RunFolderError as error:
+        except (RunFolderError, ConfigError) as error:
             problems.append(str(error))
     if problems:
         raise NsaTrainError("these runs are not kept:\n" + "\n".join(f"  {line}" for line in problems))
@@ -80,25 +82,34 @@ def _copied_maps(arms: Arms, report: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _all_gates(paths: list[Path], arms: Arms) -> list[dict[str, Any]]:
-    """Raises NsaTrainError where two files have gates of one arm."""
+def read_gates(paths: Sequence[Path], configs: Sequence[Config]) -> list[dict[str, Any]]:
+    """Rows of the gates of runs with these configurations.
+
+    Raises NsaTrainError where a file has none, where two have gates of one arm, and where they are of another model.
+    """
     rows: list[dict[str, Any]] = []
     for path in paths:
-        found = _gates(path, arms)
+        found = _gates(path, configs[0].experiment)
         if twice := {row["arm"] for row in rows} & {row["arm"] for row in found}:
             raise NsaTrainError(f"--gates {path}: an earlier file has gates of {', '.join(sorted(twice))}, too")
+        recipes = {row["arm"]: row.get("recipe") for row in found}
+        others = {c.arm for c in configs if c.arm in recipes and recipes[c.arm] != gates.recipe(c)}
+        if others:
+            raise NsaTrainError(
+                f"--gates {path}: {', '.join(sorted(others))} had another model, attention, moe or trainer.dtype "
+                "there than in the runs; run `nsa-train compare gates` again with what --set says of the runs"
+            )
         rows += found
     return rows
 
 
-def _gates(path: Path, arms: Arms) -> list[dict[str, Any]]:
+def _gates(path: Path, experiment: str) -> list[dict[str, Any]]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise NsaTrainError(f"--gates {path}: cannot be read ({error})") from error
     if not isinstance(found, dict) or found.get("schema") != "nsa-train/gates/1":
         raise NsaTrainError(f"--gates {path}: no result of `nsa-train compare gates`")
-    experiment = arms.all[0].config.experiment
     if others := {row["experiment"] for row in found["rows"]} - {experiment}:
         raise NsaTrainError(f"--gates {path}: of {', '.join(sorted(others))}, but the runs are of {experiment}")
     return found["rows"]

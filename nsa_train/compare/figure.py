@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,13 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
         for arm in arms:
             mine = [d for d in differences if d["arm"] == arm and d["cut"] in buckets]
             at = [buckets.index(d["cut"]) + 0.08 * (arms.index(arm) - len(arms) / 2) for d in mine]
-            errors = [(d["high"] - d["low"]) / 2 if d["low"] is not None else 0.0 for d in mine]
+            errors = [(d["high"] - d["low"]) / 2 if d["low"] is not None else nan for d in mine]  # one seed has none
             if mine:
                 place.errorbar(at, [d["mean"] for d in mine], errors, color=colour[arm], marker="o", capsize=3, lw=1)
+        interval = ", 95% interval" if any(d["low"] is not None for d in differences) else ", one seed"
         place.axhline(0, color=colour[head["baseline"]], lw=1)
         place.set_xticks(range(len(buckets)), [bucket.split()[1] for bucket in buckets], rotation=30)
-        place.set(xlabel=label, ylabel=f"loss minus that of {head['baseline']}, 95% interval")
+        place.set(xlabel=label, ylabel=f"loss minus that of {head['baseline']}{interval}")
     last = axes[1][2]
     for run in runs:
         last.plot(arms.index(run["arm"]), run["loss"], "o", color=colour[run["arm"]])

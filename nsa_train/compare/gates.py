@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from nsa_train import runtime
 from nsa_train.bench import results
-from nsa_train.config.load import load_config
+from nsa_train.config.load import load_config, to_tree
 from nsa_train.config.schema import Config
 from nsa_train.data.loader import NO_LABEL
 from nsa_train.errors import NsaTrainError
@@ -305,8 +307,18 @@ GATES: dict[str, Callable[[Subject], Finding | None]] = {
 }
 
 
+def recipe(config: Config) -> str:
+    """A hash of what gates are about: the model, its attention and experts, and the precision."""
+    tree = to_tree(config)
+    parts = [tree["model"], tree["attention"], tree["moe"], config.trainer.dtype]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def main(arguments: list[str]) -> int:
-    """Run all gates that apply to each arm and write <out>/gates_<name>.json; 1 where one does not pass."""
+    """Run all gates that apply to each arm; 1 where one does not pass.
+
+    Each arm's findings go into <out>/gates_<name>.json when it is through, in place of earlier ones of that arm.
+    """
     parser = argparse.ArgumentParser(prog="nsa-train compare gates", description=__doc__)
     parser.add_argument("--arms", nargs="+", default=["full", "full_gated", "nsa"], metavar="ARM")
     parser.add_argument("--steps", type=int, default=LEAST_STEPS, help="on random tokens; fewer do not pass")
@@ -319,25 +331,31 @@ def main(arguments: list[str]) -> int:
     configs = [load_config([*args.set, f"attention={arm}"]) for arm in args.arms]
     report = results.safe_name(args.name or configs[0].experiment)
     runtime.launch_alone()
-    device, rows = runtime.device(), []
+    device, passed = runtime.device(), True
+    place, source = results.device_facts()["name"], runtime.git_commit()
+    path = args.out / f"gates_{report}.json"
     start_processes(device, configs[0].parallel.timeout_s)
     try:
         for config in configs:
+            about = {"experiment": config.experiment, "arm": config.arm, "recipe": recipe(config)}
+            rows = []
             for name, gate in GATES.items():
                 started = time.perf_counter()
                 finding = gate(Subject(config, device, args.steps))
                 gc.collect()  # engines hold themselves in circles
                 if finding:
                     seconds = time.perf_counter() - started
-                    about = {"experiment": config.experiment, "arm": config.arm, "gate": name}
-                    rows.append({**about, **finding._asdict(), "seconds": seconds})
+                    found = {"gate": name, **finding._asdict(), "seconds": seconds}
+                    rows.append({**about, **found, "device": place, "commit": source})
+                    passed &= finding.passed
                     verdict = "ok  " if finding.passed else "FAIL"
                     runtime.log.info(
                         "%s %-18s %-30s %s (%s), %.0f s",
                         verdict, config.arm, name, finding.found, finding.demanded, seconds,
                     )  # fmt: skip
+            rows = results.with_earlier(path, rows, lambda row: (row["experiment"], row["arm"]))
+            results.write_result(path.stem, "gates", rows, folder=args.out)
     finally:
         stop_processes()
-    path = results.write_result(f"gates_{report}", "gates", rows, folder=args.out)
     runtime.log.info("%s", path)
-    return int(not all(row["passed"] for row in rows))
+    return int(not passed)

@@ -48,6 +48,7 @@ def save(path: Path, parts: dict[str, Any]) -> bool:
     text = json.dumps(plain, separators=(",", ":"))
     if path.exists():
         before, now = _read(path), json.loads(text)
+        before["config"] = _without_places(to_tree(complete_config(before["config"], path)))  # keys may have come since
         if before == now:
             return False
         told, known = before.pop("evaluations", []), now.pop("evaluations")

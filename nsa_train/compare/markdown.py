@@ -48,7 +48,8 @@ ABOUT_DIFFERENCES = (
 )
 ABOUT_CUTS = (
     "By position in the document as the model sees it, by source, and, for tokens whose four predecessors stood "
-    "together before in the document, by the distance back to where they did so last; `+` is all that lies further."
+    "together before in the document, by the distance back to where they did so last; `+` is all that lies further. "
+    "± is the standard error, with one seed that of the documents alone."
 )
 ABOUT_EVALUATIONS = (
     "Answers that are right in every token, where the facts lie in neither a forced block nor the window; in brackets "
@@ -106,8 +107,8 @@ def _levels(ladder: list[Row]) -> Iterator[str]:
 
 
 def _gates(gates: list[Row]) -> Iterator[str]:
-    lines = ((f"`{r['arm']}`", r["gate"], _yes(r["passed"]), r["found"], r["demanded"]) for r in gates)
-    yield from _table(("arm", "gate", "passed", "found", "demanded"), lines)
+    lines = ((f"`{r['arm']}`", r["gate"], _yes(r["passed"]), r["found"], r["demanded"], r["device"]) for r in gates)
+    yield from _table(("arm", "gate", "passed", "found", "demanded", "device"), lines)
 
 
 def _evaluations(arms: list[Row], found: list[Row]) -> Iterator[str]:

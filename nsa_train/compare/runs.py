@@ -15,7 +15,7 @@ import numpy as np
 from nsa_train.compare import kept
 from nsa_train.config import schema
 from nsa_train.data.stages import stages_of
-from nsa_train.errors import NsaTrainError, RunFolderError
+from nsa_train.errors import ConfigError, NsaTrainError, RunFolderError
 from nsa_train.plan.flops import training_flops
 from nsa_train.train.folder import FREE_KEYS, differing, read_config
 from nsa_train.train.heldout import HELDOUT, HeldOut
@@ -173,7 +173,7 @@ class Arms:
         for path in paths:
             try:
                 found.append(Run.read(path))
-            except RunFolderError as error:
+            except (RunFolderError, ConfigError) as error:
                 problems.append(str(error))
         if not problems:
             problems = [line for check in CHECKS for line in check(found)]

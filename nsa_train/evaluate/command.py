@@ -89,6 +89,13 @@ def misfit(task: str, attention: AttentionConfig) -> str | None:
     return None
 
 
+def check_lengths(options: Options, config: Config) -> None:
+    """Raises ConfigError where the model has no positions for a length."""
+    longest = max(options.lengths, default=0)
+    if longest > config.model.max_seq_len:
+        raise ConfigError(f"eval: lengths={longest} is beyond the model's max_seq_len={config.model.max_seq_len}")
+
+
 def main(arguments: list[str]) -> int:
     """Evaluate and write the findings; the exit code."""
     if not arguments or "=" in arguments[0]:
@@ -98,10 +105,7 @@ def main(arguments: list[str]) -> int:
     for task in options.task:
         if reason := misfit(task, config.attention):
             raise ConfigError(f"eval: {folder} is of the arm {config.arm}, and task={task} {reason}")
-    if max(options.lengths, default=0) > config.model.max_seq_len:
-        raise ConfigError(
-            f"eval: lengths={max(options.lengths)} is beyond the model's max_seq_len={config.model.max_seq_len}"
-        )
+    check_lengths(options, config)
     model, tokenizer = _opened(folder)
     (folder / "eval").mkdir(exist_ok=True)
     trained = model.rope_factor

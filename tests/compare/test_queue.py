@@ -50,6 +50,21 @@ def test_a_sweep_takes_the_lowest_held_out_loss_and_tells_of_the_edge(tmp_path):
     assert [(row["arm"], row["lr"], row["at_edge"]) for row in rows] == [("full", 2e-3, False), ("nsa", 4e-3, True)]
 
 
+def test_a_sweep_keeps_the_rows_of_other_arms(tmp_path):
+    for arm, losses in {"full": (4.9, 5.0), "nsa": (4.8, 4.7), "window": (5.5, 5.4)}.items():
+        assert swept(tmp_path, {(arm, 1e-3): losses[0], (arm, 2e-3): losses[1]}).returncode == 0
+    assert swept(tmp_path, {("full", 1e-3): 5.0, ("full", 2e-3): 4.5}).returncode == 0
+    rows = json.loads((tmp_path / "tiny-lr.json").read_text())["rows"]
+    assert {row["arm"]: row["lr"] for row in rows} == {"nsa": 2e-3, "window": 2e-3, "full": 2e-3}
+
+
+def test_a_rate_that_diverges_is_worse_than_any(tmp_path):
+    done = swept(tmp_path, {("full", 1e-3): 9.0, ("full", 2e-3): None})
+    assert done.returncode == 0, done.stderr
+    assert "full: best learning rate 0.001 of 0.001: 9.0000, 0.002: diverged; at the edge" in done.stdout
+    assert "diverged with every learning rate" in swept(tmp_path, {("nsa", 1e-3): None}).stderr
+
+
 def test_finished_runs_are_asked_and_compared_even_where_they_cannot_answer(tmp_path):
     names = {arm: make_run(tmp_path, arm, overrides=[f"name=tiny-{arm}-seed0", *SWEEP]) for arm in ("full", "nsa")}
     (names["full"] / "eval").mkdir()
@@ -80,6 +95,30 @@ def test_a_task_that_there_is_not_is_told_before_training(tmp_path):
     done = start("run", "--arms", "full", "nsa", "--eval", "needles", "--set", f"runs_dir={tmp_path}")
     assert done.returncode == 2
     assert "invalid choice: 'needles'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gates", "missing.json"], "--gates missing.json: cannot be read"),
+        (["--name", "a/b"], "--name 'a/b' may hold letters"),
+        (["--lengths", "8k"], "lengths=8k must be numbers from 1 on"),
+        (["--lengths", "256,99999999"], "lengths=99999999 is beyond the model's max_seq_len"),
+    ],
+)
+def test_what_the_report_could_not_use_is_told_before_training(words, message, tmp_path):
+    done = start("run", "--arms", "full", "nsa", *words, "--set", f"runs_dir={tmp_path}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+
+
+def test_an_arm_and_a_seed_that_are_named_twice_are_trained_once(tmp_path):
+    for arm in ("full", "nsa"):
+        make_run(tmp_path, arm, overrides=[f"name=tiny-{arm}-seed0", *SWEEP])
+    words = ["--arms", "full", "nsa", "nsa", "--seeds", "0", "0", "--out", tmp_path / "out"]
+    done = start("run", *words, "--set", *SWEEP, f"runs_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 runs are finished" in done.stdout
 
 
 def test_rates_of_a_sweep_must_name_the_arm(tmp_path):

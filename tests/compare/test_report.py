@@ -7,15 +7,20 @@ import pytest
 from folders import DOCUMENTS, LABELS, make_run
 
 from nsa_train.cli import main
+from nsa_train.compare.gates import recipe
 from nsa_train.compare.levels import levels, reached, secondary
 from nsa_train.compare.runs import Arms, Run
 from nsa_train.compare.statistics import Difference
+from nsa_train.config.load import load_config
 from nsa_train.plan.flops import training_flops
 
-PASSED = [
-    {"experiment": "tiny", "arm": arm, "gate": "future", "passed": True, "found": "0", "demanded": "0"}
-    for arm in ("full", "nsa")
-]
+
+def passed(arm):
+    row = {"experiment": "tiny", "arm": arm, "gate": "future", "passed": True, "found": "0", "demanded": "0"}
+    return {**row, "recipe": recipe(load_config([f"attention={arm}"])), "device": "CPU"}
+
+
+PASSED = [passed("full"), passed("nsa")]
 
 
 def difference(baseline, mean, seeds=3, spread=0.001):
@@ -82,7 +87,7 @@ def result(tmp_path_factory):
     words = ["--name", "test", "--out", str(root / "out")]
     for arm in gains:
         words += ["--gates", str(root / f"gates-{arm}.json")]
-        gates = {"schema": "nsa-train/gates/1", "rows": [{**gate, "arm": arm} for gate in PASSED]}
+        gates = {"schema": "nsa-train/gates/1", "rows": [passed(arm)] * 2}
         Path(words[-1]).write_text(json.dumps(gates))
     assert main(["compare", *map(str, folders), *words]) == 0
     assert (root / "out" / "comparison_test.png").read_bytes()[:4] == b"\x89PNG"
@@ -232,7 +237,7 @@ def test_without_full_the_first_arm_is_the_baseline(tmp_path):
 
 def test_two_files_with_gates_of_one_arm_are_refused(tmp_path, capsys):
     runs = [str(make_run(tmp_path, arm)) for arm in ("full", "nsa")]
-    gates = {"schema": "nsa-train/gates/1", "rows": [{**PASSED[0], "arm": "full"}]}
+    gates = {"schema": "nsa-train/gates/1", "rows": [passed("full")]}
     for name in ("old.json", "new.json"):
         (tmp_path / name).write_text(json.dumps(gates))
     words = ["--gates", str(tmp_path / "old.json"), "--gates", str(tmp_path / "new.json")]
@@ -246,6 +251,15 @@ def test_gates_of_another_experiment_are_refused(tmp_path, capsys):
     (tmp_path / "gates.json").write_text(json.dumps(gates))
     assert main(["compare", *runs, "--gates", str(tmp_path / "gates.json")]) == 2
     assert "of r1, but the runs are of tiny" in capsys.readouterr().err
+
+
+def test_gates_of_another_model_are_refused(tmp_path, capsys):
+    runs = [str(make_run(tmp_path, arm, overrides=["attention.window=32"])) for arm in ("full", "nsa")]
+    gates = {"schema": "nsa-train/gates/1", "rows": [passed("nsa"), passed("window")]}
+    (tmp_path / "gates.json").write_text(json.dumps(gates))
+    assert main(["compare", *runs, "--gates", str(tmp_path / "gates.json")]) == 2
+    said = capsys.readouterr().err
+    assert "gates.json: nsa had another model, attention, moe or trainer.dtype there than in the runs" in said
 
 
 @pytest.mark.parametrize(

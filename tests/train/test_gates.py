@@ -101,6 +101,11 @@ def test_the_command_trains_and_writes_its_findings(tmp_path):
     assert {row["gate"] for row in result["rows"]} == set(GATES)
     assert [row["gate"] for row in result["rows"] if not row["passed"]] == ["random tokens"]
     assert "3 steps, too few to tell" in result["rows"][-1]["found"]
+    words[words.index("nsa")] = "window"
+    assert Job(words, tmp_path / "output").wait() == 1
+    after = json.loads((tmp_path / "gates_tiny.json").read_text())["rows"]
+    assert after[: len(result["rows"])] == result["rows"]
+    assert {row["arm"] for row in after[len(result["rows"]) :]} == {"window"}
 
 
 def lose_a_block():
