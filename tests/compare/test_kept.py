@@ -62,6 +62,24 @@ def test_a_report_from_kept_files_is_that_from_the_folders(tmp_path):
     assert {row["what"] for row in wanted} >= {"comparison", "level", "arm", "run", "eval", "difference"}
 
 
+def test_answers_may_be_added_to_a_file_of_before_a_key_of_the_configuration(tmp_path):
+    run = make_run(tmp_path, "nsa")
+    (file,) = keep(run, out=tmp_path / "kept")
+    older = opened(file)
+    del older["config"]["optim"]["clip"]
+    file.write_bytes(lzma.compress(json.dumps(older).encode()))
+    keep(evaluated(run), out=tmp_path / "kept")
+    assert [row["what"] for row in Run.read(file).evaluations] == ["cell", "summary"]
+
+
+def test_a_run_that_cannot_be_read_keeps_no_other_from_being_kept(tmp_path, capsys):
+    bad, good = make_run(tmp_path, "full"), make_run(tmp_path, "nsa")
+    (bad / "config.yaml").write_text((bad / "config.yaml").read_text() + "colour: red\n")
+    assert main(["compare", "keep", str(bad), str(good), "--out", str(tmp_path / "kept")]) == 2
+    assert "colour" in capsys.readouterr().err
+    assert (tmp_path / "kept" / f"{good.name}.json.xz").is_file()
+
+
 def test_a_kept_run_is_the_run(tmp_path):
     run = evaluated(make_run(tmp_path, "nsa"))
     (file,) = keep(run, out=tmp_path / "kept")

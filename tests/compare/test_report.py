@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from folders import DOCUMENTS, LABELS, make_run
 
 from nsa_train.cli import main
+from nsa_train.compare.cuts import find, paired_differences
 from nsa_train.compare.gates import recipe
 from nsa_train.compare.levels import levels, reached, secondary
 from nsa_train.compare.runs import Arms, Run
@@ -131,7 +133,7 @@ def test_curves_have_three_axes(result, tmp_path):
     tokens = 512 * 8
     assert [point["tokens"] for point in row["val"]] == [0, 3 * tokens, 6 * tokens]
     assert [point["flops"] for point in row["val"]] == [n * tokens * training_flops(config) for n in (0, 3, 6)]
-    assert [point["seconds"] for point in row["val"]] == pytest.approx([n * tokens / 1e4 for n in (0, 3, 6)])
+    assert [point["seconds"] for point in row["val"]] == pytest.approx([n * tokens / 1e4 for n in (0, 3, 5.5)])
     assert 3 * tokens < row["tokens_to_baselines_loss"] < 6 * tokens
 
 
@@ -228,6 +230,19 @@ def test_short_documents_are_told(tmp_path):
     runs = [str(make_run(tmp_path, arm, manifest={"corpus": facts})) for arm in ("full", "nsa")]
     assert main(["compare", *runs, "--out", str(tmp_path / "out")]) == 0
     assert "TOO FEW" in (tmp_path / "out" / "comparison_tiny.md").read_text()
+
+
+@pytest.mark.parametrize(("shift", "factor"), [(0, 1.0), (DOCUMENTS, 0.5**0.5)], ids=["the same", "others"])
+def test_documents_that_another_seed_read_are_drawn_apart(shift, factor, tmp_path):
+    """Both seeds have the same losses: of the same documents, whose error stays, or of others: errors even out."""
+    ones, twos = ([make_run(tmp_path, arm, seed, noise=0.5) for arm in ("full", "nsa")] for seed in (0, 1))
+    for one, two in zip(ones, twos, strict=True):
+        with np.load(one / "heldout.npz") as file:
+            arrays = dict(file)
+        np.savez(two / "heldout.npz", **{**arrays, "document": arrays["document"] + shift})
+    alone = find(paired_differences(Arms.read(ones)), "nsa", "full").se_data
+    both = find(paired_differences(Arms.read([*ones, *twos])), "nsa", "full").se_data
+    assert both == pytest.approx(factor * alone, rel=0.05)
 
 
 def test_without_full_the_first_arm_is_the_baseline(tmp_path):
