@@ -69,7 +69,10 @@ def with_earlier(
 def write_result(
     name: str, kind: str, rows: list[dict[str, Any]], commit: str | None = None, folder: Path = RESULTS
 ) -> Path:
-    """<folder>/<name>.json; `commit` names the source where the checkout does not, as in a copy of it."""
+    """<folder>/<name>.json; `commit` names the source where the checkout does not, as in a copy of it.
+
+    Raises NsaTrainError where `folder` is a file.
+    """
     path = folder / f"{name}.json"
     head = {
         "schema": f"nsa-train/{kind}/1",
@@ -80,6 +83,9 @@ def write_result(
         "versions": runtime.versions(),
         "rows": rows,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NsaTrainError(f"--out {folder}: there is a file of that name; choose another folder") from error
     path.write_text(json.dumps(head, indent=1) + "\n")
     return path

@@ -277,6 +277,15 @@ def test_gates_of_another_model_are_refused(tmp_path, capsys):
     assert "gates.json: nsa had another model, attention, moe or trainer.dtype there than in the runs" in said
 
 
+def test_a_file_in_place_of_the_folder_is_told(tmp_path, capsys):
+    runs = [str(make_run(tmp_path, arm)) for arm in ("full", "nsa")]
+    (tmp_path / "out").write_text("mine")
+    for out in (tmp_path / "out", tmp_path / "out" / "deeper"):
+        assert main(["compare", *runs, "--out", str(out)]) == 2
+        assert f"--out {out}: there is a file of that name" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

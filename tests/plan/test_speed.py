@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import load_script
 
+from nsa_train.bench.results import RESULTS
 from nsa_train.config.load import load_config
 from nsa_train.data.stages import at_stage, stages_of
 from nsa_train.errors import ConfigError
@@ -63,6 +65,18 @@ def test_shares_in_the_table_are_shares_of_measured_sizes_between_which_they_lie
     assert [speed.share_at(size, measured) for size in (16, 64, 128, 256, 999)] == pytest.approx(
         [0.2, 0.2, 0.3, 0.4, 0.4]
     )
+
+
+@pytest.mark.parametrize(("kind", "table"), [("h100", speed.H100), ("h200", speed.H200)])
+def test_shares_are_what_the_results_say(kind, table, monkeypatch):
+    fit, found = load_script("fit_speed", monkeypatch), {}
+    for path in (f"training_{kind}.json", "attention_h100.json"):
+        result = json.loads((RESULTS / path).read_text())
+        if speed.kind_of(result["device"]["name"]) == kind:
+            found |= fit.OF[path.split("_")[0]](speed.GPUS[kind], result["rows"])
+    if kind == "h200":
+        del found["other"]  # of rows from before one rank added gradients at once
+    assert table == {part: {size: round(share, 3) for size, share in found[part].items()} for part in found}
 
 
 @pytest.mark.parametrize("kind", speed.GPUS)
