@@ -176,6 +176,14 @@ def _arms(arms: list[Row]) -> Iterator[str]:
          f"{r['loss']['mean']:.4f}", _number(r["loss"]["sd"]), f"{r['tokens_per_s']:,.0f}", f"{r['peak_gib']:.2f}")
         for r in arms
     ))  # fmt: skip
+    yield ""
+    keys = list(arms[0]["keys"])  # a name says what an arm is only as long as nobody sets its keys
+    lines = ((f"`{r['arm']}`", *(_value(r["keys"][key]) for key in keys)) for r in arms)
+    yield from _table(("arm", *(f"`{key}`" for key in keys)), lines)
+
+
+def _value(value: object) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value).lower()
 
 
 def _differences(found: list[Row]) -> Iterator[str]:

@@ -245,6 +245,14 @@ def test_documents_that_another_seed_read_are_drawn_apart(shift, factor, tmp_pat
     assert both == pytest.approx(factor * alone, rel=0.05)
 
 
+def test_what_an_arm_is_stands_in_the_report(tmp_path):
+    runs = [make_run(tmp_path, "full"), make_run(tmp_path, "nsa", overrides=["attention.branches=[cmp,win]"])]
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    said = (tmp_path / "out" / "comparison_tiny.md").read_text()
+    assert "| `full` | full | false | mlp | false | topn | 64 |" in said
+    assert "| `nsa` | cmp, win | true | mlp | false | topn | 64 |" in said
+
+
 def test_without_full_the_first_arm_is_the_baseline(tmp_path):
     runs = [make_run(tmp_path, arm) for arm in ("window", "nsa_no_win")]
     assert Arms.read(runs).pairs == [("nsa_no_win", "window")]
