@@ -92,9 +92,9 @@ def read_gates(paths: Sequence[Path], configs: Sequence[Config]) -> list[dict[st
         found = _gates(path, configs[0].experiment)
         if twice := {row["arm"] for row in rows} & {row["arm"] for row in found}:
             raise NsaTrainError(f"--gates {path}: an earlier file has gates of {', '.join(sorted(twice))}, too")
-        recipes = {row["arm"]: row.get("recipe") for row in found}
-        others = {c.arm for c in configs if c.arm in recipes and recipes[c.arm] != gates.recipe(c)}
-        if others:
+        told = {row["arm"]: row.get("recipe") for row in found}  # files of before have none
+        asked = {config.arm: gates.recipe(config) for config in configs}
+        if others := {arm for arm, recipe in told.items() if recipe != asked.get(arm, recipe or "unknown")}:
             raise NsaTrainError(
                 f"--gates {path}: {', '.join(sorted(others))} had another model, attention, moe or trainer.dtype "
                 "there than in the runs; run `nsa-train compare gates` again with what --set says of the runs"

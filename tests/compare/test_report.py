@@ -278,11 +278,15 @@ def test_gates_of_another_experiment_are_refused(tmp_path, capsys):
 
 def test_gates_of_another_model_are_refused(tmp_path, capsys):
     runs = [str(make_run(tmp_path, arm, overrides=["attention.window=32"])) for arm in ("full", "nsa")]
-    gates = {"schema": "nsa-train/gates/1", "rows": [passed("nsa"), passed("window")]}
+    unknown = passed("nsa_random")
+    del unknown["recipe"]
+    gates = {"schema": "nsa-train/gates/1", "rows": [passed("nsa"), passed("window"), unknown]}
     (tmp_path / "gates.json").write_text(json.dumps(gates))
     assert main(["compare", *runs, "--gates", str(tmp_path / "gates.json")]) == 2
     said = capsys.readouterr().err
-    assert "gates.json: nsa had another model, attention, moe or trainer.dtype there than in the runs" in said
+    assert (
+        "gates.json: nsa, nsa_random had another model, attention, moe or trainer.dtype there than in the runs" in said
+    )
 
 
 def test_a_file_in_place_of_the_folder_is_told(tmp_path, capsys):
