@@ -28,7 +28,10 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 trap : TERM USR1 # they are meant for the tasks; this script stays to decide
 "${command[@]}"
-code=$(real_code $?)
+tasks=$?
+# Tasks that srun stops because another one failed say 75, too. An interruption is what this launch's summary.json calls
+# so, else a job whose start fails would requeue itself for ever.
+code=$(real_code $((tasks == 75 ? 1 : tasks)))
 case $code in
     75 | 19) scontrol requeue "$SLURM_JOB_ID" ;;
 esac

@@ -26,7 +26,8 @@ def failure_of(error: BaseException, run_dir: Path) -> BaseException:
     elif isinstance(error, KeyboardInterrupt):
         failure = Interrupted("stopped at once; the same command goes on from the last checkpoint, if there is one")
     first = _first(failure, run_dir) if runtime.world_size() > 1 else None
-    if first and not isinstance(failure, NsaTrainError):
+    # A launcher stops the others of a rank that failed by a signal, which says nothing of its own.
+    if first and (isinstance(error, KeyboardInterrupt) or not isinstance(failure, NsaTrainError)):
         failure = OtherRankFailed(f"rank {first['rank']} failed first: {first['message']}", first["exit_code"])
     if failure is not error:
         failure.__cause__ = error

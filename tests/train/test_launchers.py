@@ -73,8 +73,9 @@ def test_ctrl_c_under_torchrun_with_two_processes_and_on_under_deepspeed(words, 
 # Slurm, whose commands are played by scripts --------------------------------------------------------------------------
 
 TASKS = """#!{python}
-# srun: start the tasks on this node, hand them the signals that Slurm sends to a step, end with the largest code.
-import os, signal, subprocess, sys
+# srun: start the tasks on this node, hand them the signals that Slurm sends to a step, stop all of them when one fails,
+# end with the largest code.
+import os, signal, subprocess, sys, time
 options = [word for word in sys.argv[1:] if word.startswith("--")]
 output = dict(option[2:].split("=") for option in options)["output"].replace("%N", "node")
 tasks = []
@@ -84,12 +85,28 @@ for number in range(int(os.environ["SLURM_NTASKS"])):
     command = sys.argv[1 + len(options):]
     tasks.append(subprocess.Popen(command, env=os.environ | place, stdout=open(output, "a"), stderr=subprocess.STDOUT))
 open("{folder}/srun.pid", "w").write(str(os.getpid()))
+while not any(task.poll() for task in tasks) and None in [task.poll() for task in tasks]:
+    time.sleep(0.05)
+[task.terminate() for task in tasks if task.poll() is None]
 sys.exit(max(task.wait() for task in tasks))
 """
 ENDING = """#!/bin/sh
-echo '{{"exit_code": {code}}}' > {folder}/run/summary.json
-touch -r {folder}/tmp/* {folder}/run/summary.json # as if all of this took no time
-exit 1
+[ -z "{code}" ] || echo '{{"exit_code": {code}}}' > {folder}/run/summary.json
+[ -z "{code}" ] || touch -r {folder}/tmp/* {folder}/run/summary.json # as if all of this took no time
+exit {tasks}
+"""
+FAILING = """
+import os, time
+if rank := os.environ.get("SLURM_PROCID"):
+    from nsa_train.errors import StorageError
+    from nsa_train.train import loop
+
+    def planted(*_):
+        if rank == "1":
+            raise StorageError("planted")
+        time.sleep(1000)
+
+    loop.Loader = planted
 """
 CONTROL = """#!/bin/sh
 case "$1" in
@@ -140,11 +157,38 @@ def test_a_preempted_slurm_job_requeues_itself_and_goes_on_with_the_same_losses(
     assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
 
 
-@pytest.mark.parametrize(("code", "again"), [(75, True), (19, True), (18, False), (17, False), (20, False), (1, False)])
-def test_the_runs_own_exit_code_decides_whether_a_slurm_job_is_requeued(code, again, words, slurm, tmp_path):
-    slurm(ENDING, code=code)
+def test_a_rank_that_fails_while_they_start_ends_a_slurm_job_for_good(words, slurm, tmp_path, monkeypatch):
+    """srun stops the others, which are in the middle of something; rank 0 writes the end of the run."""
+    slurm(TASKS)
+    (tmp_path / "sitecustomize.py").write_text(FAILING)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    job = start([*launcher("slurm"), *words], tmp_path)
+    assert job.wait(PATIENCE_S) == 20, (tmp_path / "output").read_text() + logged(tmp_path / "run")
+    assert (summary(tmp_path / "run")["status"], summary(tmp_path / "run")["exit_code"]) == ("failed", 20)
+    assert "rank 1 failed first: planted" in logged(tmp_path / "run")
+    assert requeued(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("tasks", "code", "end", "again"),
+    [
+        (75, 75, 75, True),
+        (137, 75, 75, True),  # a task that took too long to end after the checkpoint
+        (1, 19, 19, True),
+        (137, 19, 19, True),
+        (75, 18, 18, False),
+        (75, 17, 17, False),
+        (75, 20, 20, False),
+        (1, 1, 1, False),
+        (75, "", 1, False),  # stopped before there was a run, because another task failed
+    ],
+)
+def test_what_srun_and_the_run_say_decides_whether_a_slurm_job_is_requeued(
+    tasks, code, end, again, words, slurm, tmp_path
+):
+    slurm(ENDING, tasks=tasks, code=code)
     done = subprocess.run([*launcher("slurm"), *words], capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
+    assert done.returncode == end, done.stderr
     assert bool(requeued(tmp_path)) == again
 
 
