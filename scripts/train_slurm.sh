@@ -26,6 +26,7 @@ announce "$run_dir/logs/<node>.log" "${command[@]}"
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-8} # since Slurm 22.05 srun does not take it from the job
 trap : TERM USR1 # they are meant for the tasks; this script stays to decide
 "${command[@]}"
 tasks=$?

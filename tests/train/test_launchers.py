@@ -91,6 +91,7 @@ while not any(task.poll() for task in tasks) and None in [task.poll() for task i
 sys.exit(max(task.wait() for task in tasks))
 """
 ENDING = """#!/bin/sh
+echo "$SRUN_CPUS_PER_TASK" > {folder}/cpus
 [ -z "{code}" ] || echo '{{"exit_code": {code}}}' > {folder}/run/summary.json
 [ -z "{code}" ] || touch -r {folder}/tmp/* {folder}/run/summary.json # as if all of this took no time
 exit {tasks}
@@ -190,6 +191,13 @@ def test_what_srun_and_the_run_say_decides_whether_a_slurm_job_is_requeued(
     done = subprocess.run([*launcher("slurm"), *words], capture_output=True, text=True, check=False)
     assert done.returncode == end, done.stderr
     assert bool(requeued(tmp_path)) == again
+
+
+def test_tasks_under_slurm_get_the_cores_of_the_job(words, slurm, tmp_path, monkeypatch):
+    slurm(ENDING, tasks=1, code=1)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
+    subprocess.run([*launcher("slurm"), *words], capture_output=True, check=False)
+    assert (tmp_path / "cpus").read_text() == "6\n"
 
 
 # Before anything starts -----------------------------------------------------------------------------------------------
