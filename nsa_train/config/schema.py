@@ -106,11 +106,8 @@ class AttentionConfig:
             found.append(f"cmp_stride={self.cmp_stride} must divide cmp_block={self.cmp_block}")
         if self.cmp_stride > 0 and self.slc_block % self.cmp_stride:
             found.append(f"cmp_stride={self.cmp_stride} must divide slc_block={self.slc_block}")
-        if self.slc_count < self.slc_init + self.slc_local:
-            found.append(
-                f"slc_count={self.slc_count} is less than the forced blocks slc_init + slc_local = "
-                f"{self.slc_init + self.slc_local}"
-            )
+        if self.slc_count < (forced := self.slc_init + self.slc_local):
+            found.append(f"slc_count={self.slc_count} is less than the forced blocks slc_init + slc_local = {forced}")
         return found
 
 
@@ -169,9 +166,7 @@ class SourceConfig:
         if self.languages and self.kind not in ("files", "hub"):
             found.append(f"languages={list(self.languages)} needs records, which kind={self.kind} has not")
         if self.kind == "recall" and (self.take is None or self.max_chars is None or self.min_chars < 1):
-            found.append(
-                "kind=recall needs take (documents), min_chars and max_chars: it makes documents of such sizes"
-            )
+            found.append("kind=recall needs take (documents), min_chars and max_chars: it makes documents so long")
         if self.take is not None and self.take <= 0:
             found.append(f"take={self.take} must be positive, or null for all")
         root = Path(self.root).resolve()
@@ -280,9 +275,7 @@ class ParallelConfig:
         if self.timeout_s > YEAR_S:
             found.append(f"timeout_s={self.timeout_s} must be at most {YEAR_S}, a year")
         if self.hang_s >= self.timeout_s:
-            found.append(
-                f"hang_s={self.hang_s:g} must be below timeout_s={self.timeout_s}, which ends the job without stacks"
-            )
+            found.append(f"hang_s={self.hang_s:g} must be below timeout_s={self.timeout_s}, which ends without stacks")
         if self.zero_stage not in (1, 2, 3):
             found.append(f"zero_stage={self.zero_stage} must be 1, 2 or 3")
         if self.offload_params != "none" and self.zero_stage != 3:
@@ -402,6 +395,11 @@ class ProfileConfig:
     def problems(self) -> list[str]:
         return _negative(self, "steps", "skip")
 
+    @property
+    def until_written(self) -> int:
+        """Steps of a launch until its profile is written; 0: there is none."""
+        return self.skip + 1 + self.steps if self.steps else 0
+
 
 @dataclass(frozen=True)
 class Config:
@@ -445,6 +443,8 @@ class Config:
             found.append(f"trainer.seq_len={self.trainer.seq_len} leaves nothing to predict; use at least 2")
         if self.parallel.zero_stage == 1 and self.trainer.dtype == "bf16":
             found.append(BF16_AT_STAGE_1)
+        if (needed := self.profile.until_written) > self.trainer.steps:
+            found.append(f"trainer.steps={self.trainer.steps} are too few; use {needed} or a lower profile.skip")
         return found
 
     def _graph_problems(self) -> list[str]:

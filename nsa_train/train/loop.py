@@ -44,7 +44,7 @@ from nsa_train.train.heldout import HELDOUT, document_losses
 from nsa_train.train.initial import common_hash, locate, origin_of, start_weights
 from nsa_train.train.metrics import Clock, Metrics, plot_losses
 from nsa_train.train.optim import build_optimizer, lr_at
-from nsa_train.train.profile import StepProfiler, steps_profiled
+from nsa_train.train.profile import StepProfiler
 from nsa_train.train.watchdog import Watchdog
 
 
@@ -191,8 +191,13 @@ class _Run:
         on_main(lambda: self._summarise("done", 0))
 
     def _train(self) -> None:
-        for row in self._steps():
-            self._after_step(row)
+        profiler = on_main(self._profiler)
+        try:
+            for row in self._steps(profiler):
+                self._after_step(row)
+        finally:
+            if profiler:
+                profiler.stop()
         self._enter(self.config.trainer.steps - 1)
         self._measure_documents()
         self.watchdog.beat()
@@ -201,17 +206,16 @@ class _Run:
             tokenizer, target = self.corpus / self.facts["tokenizer"], self.folder.path / "export"
             on_main(lambda: export_model(weights, self.model.rope_factor, self.config, tokenizer, target))
 
-    def _steps(self) -> Iterator[dict[str, Any]]:
+    def _steps(self, profiler: StepProfiler | None) -> Iterator[dict[str, Any]]:
         """Take the remaining steps; yields each step's figures, equal on all ranks but for `seconds`."""
         trainer = self.config.trainer
-        profiler = on_main(self._profiler)
         self.plan_check = on_main(self._plan_check)
         if self.progress.step == 0:
             self._validate()
         self.clock.reset()
         first = self.progress.step
         for step in range(first, trainer.steps):
-            if trainer.cuda_graphs and step == first + steps_profiled(self.config.profile):
+            if trainer.cuda_graphs and step == first + self.config.profile.until_written:
                 said = replay_passes(self.model, self.device)
                 if self.metrics:
                     self.metrics.say(said)

@@ -30,11 +30,6 @@ BACKWARD = "autograd::engine::evaluate_function"  # around what one node of the 
 BACKWARD_SCOPE = 1  # the node itself: RecordScope::BACKWARD_FUNCTION
 
 
-def steps_profiled(config: ProfileConfig) -> int:
-    """Steps of a launch until its profile is written; 0: there is none."""
-    return config.skip + 1 + config.steps if config.steps else 0
-
-
 class StepProfiler:
     """Called at the end of every step of one process; writes when its steps are over."""
 
@@ -63,6 +58,11 @@ class StepProfiler:
         self._number += 1
         self._profile.step()
         return None
+
+    def stop(self) -> None:
+        """A launch ends: the process would crash at its exit if it still recorded."""
+        if not self.report:
+            self._profile.stop()
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -185,6 +185,7 @@ def test_one_file_of_a_group_lists_every_key_and_the_others_only_what_differs(gr
         ("moe.top_k=9", "moe.top_k=9 must lie between 1 and experts=8"),
         ("optim.beta2=1", "optim.beta2=1.0 must lie in [0, 1)"),
         ("schedule.warmup_share=1", "schedule.warmup_share=1.0 must lie in [0, 1)"),
+        ("profile.steps=150", "trainer.steps=150 are too few; use 161 or a lower profile.skip"),
         ("parallel.zero_stage=0", "parallel.zero_stage=0 must be 1, 2 or 3"),
         ("parallel.offload_params=cpu", "offload_params=cpu needs sharded weights: zero_stage=3, not 2"),
         ("parallel.offload_optimizer=nvme", "parallel.offload_optimizer='nvme' must be one of none, cpu"),

@@ -14,7 +14,6 @@ from nsa_train.config.load import load_config
 from nsa_train.model.transformer import Transformer
 from nsa_train.packing import Packing
 from nsa_train.train.graphs import RecordedPass, ReplayedPasses, replay_passes
-from nsa_train.train.profile import steps_profiled
 
 TOKENS, DOCUMENTS, CHUNK = 96, 5, 40
 PACKS = [(60, 36), (96,), (20, 30, 11, 35)]
@@ -215,4 +214,4 @@ def test_a_run_with_replayed_passes_has_the_losses_and_weights_of_a_plain_one(wo
 
 @pytest.mark.parametrize(("words", "steps"), [([], 0), (["profile=trace"], 14), (PROFILED, 2)])
 def test_replays_begin_after_the_profile(words, steps):
-    assert steps_profiled(load_config(words).profile) == steps
+    assert load_config(words).profile.until_written == steps

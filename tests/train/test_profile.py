@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 
 import launch
 import pytest
@@ -43,3 +45,15 @@ def test_a_profiled_run_writes_trace_and_table_and_has_the_losses_of_another(tra
     events = json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))["traceEvents"]
     assert {"attention", "optimizer"} <= {event.get("name") for event in events}
     assert [row["loss"] for row in launch.rows(tmp_path / "profiled")] == [row["loss"] for row in launch.rows(whole)]
+
+
+@pytest.mark.process
+def test_a_run_that_is_stopped_while_it_is_profiled_ends_as_any_other(corpus, tmp_path):
+    words = [*launch.SMALL, *corpus, "profile=trace", "profile.skip=1", "profile.steps=100", "trainer.steps=200"]
+    command = [sys.executable, "-m", "nsa_train", "train", *words, f"runs_dir={tmp_path}", "name=run"]
+    with (tmp_path / "output").open("w") as output:
+        job = subprocess.Popen(command, stdout=output, stderr=output)
+    launch.wait_until(lambda: launch.has_step(tmp_path / "run", 4) or job.poll() is not None)
+    job.terminate()
+    assert job.wait(launch.PATIENCE_S) == 75, (tmp_path / "output").read_text()
+    assert not (tmp_path / "run" / "profile").exists()
