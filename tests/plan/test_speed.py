@@ -92,6 +92,13 @@ def test_every_part_of_every_arm_takes_time_and_has_a_share(arm, kind):
         assert [p for p, s in seconds.items() if s <= 0 and (scored or p != "attention, selection")] == []
 
 
+def test_a_model_without_experts_has_a_speed():
+    config = load_config(["model.dense_layers=4", "trainer.dtype=bf16"])
+    assert config.model.dense_layers == config.model.layers
+    assert "tokens/s" in plan(config)
+    assert "experts" not in speed.step_flops(config, 1)
+
+
 def test_more_and_larger_gpus_are_faster_but_not_by_more_than_their_number():
     by_ranks = [tokens_per_s("experiment=m", ranks=ranks) for ranks in (1, 2, 8, 16)]
     assert by_ranks == sorted(by_ranks)
