@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+WHOLE, POSITIVE = 0, 1  # numbers, by the least that DeepSpeed takes
 # Names are DeepSpeed 0.19's; none of them changes what is computed, only when and in what pieces.
 ADDABLE: dict[str, Any] = {
     "wall_clock_breakdown": bool,
@@ -17,16 +18,15 @@ ADDABLE: dict[str, Any] = {
         "overlap_comm": bool,
         "contiguous_gradients": bool,
         "reduce_scatter": bool,
-        "reduce_bucket_size": int,
+        "reduce_bucket_size": POSITIVE,
         "allgather_partitions": bool,
-        "allgather_bucket_size": int,
-        "sub_group_size": int,
-        "stage3_prefetch_bucket_size": int,
-        "stage3_param_persistence_threshold": int,
-        "stage3_model_persistence_threshold": int,
-        "stage3_max_live_parameters": int,
-        "stage3_max_reuse_distance": int,
-        "stage3_module_granularity_threshold": int,
+        "allgather_bucket_size": WHOLE,
+        "sub_group_size": WHOLE,
+        "stage3_prefetch_bucket_size": WHOLE,
+        "stage3_param_persistence_threshold": WHOLE,
+        "stage3_model_persistence_threshold": WHOLE,
+        "stage3_max_live_parameters": WHOLE,
+        "stage3_max_reuse_distance": WHOLE,
         "stage3_use_all_reduce_for_fetch_params": bool,
         "stage3_allgather_sequential": bool,
     },
@@ -49,7 +49,7 @@ OURS = {
     "zero_optimization.offload_optimizer": "parallel.offload_optimizer",
     "zero_optimization.offload_param": "parallel.offload_params",
 }
-KINDS = {bool: "true or false", int: "a whole number"}
+KINDS = {bool: "true or false", WHOLE: "a whole number", POSITIVE: "a positive whole number"}
 
 
 def problems(raw: dict[str, Any], known: dict[str, Any] = ADDABLE, place: str = "") -> list[str]:
@@ -65,9 +65,13 @@ def problems(raw: dict[str, Any], known: dict[str, Any] = ADDABLE, place: str = 
             found += problems(value, kind, f"{name}.")
         elif isinstance(kind, dict):
             found.append(f"deepspeed.{name}={value!r} must be a table of DeepSpeed's keys")
-        elif type(value) is not kind or (kind is int and value < 0):
+        elif not _fits(value, kind):
             found.append(f"deepspeed.{name}={value!r} must be {KINDS[kind]}")
     return found
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    return type(value) is bool if kind is bool else type(value) is int and value >= kind
 
 
 def merged(settings: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:

@@ -193,6 +193,14 @@ def test_one_file_of_a_group_lists_every_key_and_the_others_only_what_differs(gr
             "parallel.deepspeed={zero_optimization: 1}",
             "parallel.deepspeed.zero_optimization=1 must be a table of DeepSpeed's keys",
         ),
+        (
+            "parallel.deepspeed={zero_optimization: {reduce_bucket_size: 0}}",
+            "parallel.deepspeed.zero_optimization.reduce_bucket_size=0 must be a positive whole number",
+        ),
+        (
+            "parallel.deepspeed={zero_optimization: {stage3_module_granularity_threshold: 5000}}",
+            "parallel.deepspeed.zero_optimization.stage3_module_granularity_threshold: no key that can be added",
+        ),
         ("parallel.deepspeed.gradient_cliping=1", "parallel.deepspeed.gradient_cliping: no key that can be added"),
         ("parallel.deepspeed.gradient_clipping=1", "parallel.deepspeed.gradient_clipping=1: optim.clip decides this"),
         (
