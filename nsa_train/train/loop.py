@@ -171,6 +171,7 @@ class _Run:
             self.loaders["train"].check_state(state["loader"])
             self.progress = Progress(**state["progress"])
             self.spikes.load_state(state["spikes"])
+            self.bad_steps.in_a_row = state.get("bad_steps_in_a_row", 0)  # not in checkpoints of older versions
             self.wandb_id = state.get("wandb_id")
         self.metrics = on_main(self._open_metrics)
         self.earlier = self.progress.wall_s
@@ -365,6 +366,7 @@ class _Run:
             "corpus_hash": self.facts["hash"],
             "wandb_id": self.wandb_id,
             "spikes": self.spikes.state(),
+            "bad_steps_in_a_row": self.bad_steps.in_a_row,
         }
         checkpoint.save(
             self.checkpoints,

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from launch import STEPS, limit_file_size, losses, rows, signal, signal_at, spoil_losses, summary
+from launch import MICRO_BATCHES, STEPS, limit_file_size, losses, rows, signal, signal_at, spoil_losses, summary
 from safetensors.torch import load_file
 
 from nsa_train.train.checkpoint import verify
@@ -164,6 +164,19 @@ def test_steps_that_stay_not_finite_stop_every_process_with_18(train_ranks, tmp_
     assert "Traceback" not in "".join(job.text for job in jobs)
     assert (summary(run)["status"], summary(run)["exit_code"], summary(run)["skipped_steps"]) == ("failed", 18, 3)
     assert [row["step"] for row in rows(run) if row.get("skipped")] == [5, 6, 7]
+
+
+def test_skipped_steps_in_a_row_are_counted_across_a_resume(train, tmp_path):
+    assert train("trainer.max_bad_steps=5", before=spoil_and_stop).wait() == 75  # after step 3, all of them skipped
+    resumed = train("trainer.max_bad_steps=5", before=partial(spoil_losses, ranks=[0], steps=range(1, 99)))
+    assert resumed.wait() == 18
+    assert "not finite, or jumped, in 5 steps in a row, up to step 5" in resumed.text
+    assert [row["step"] for row in rows(tmp_path / "run") if row.get("skipped")] == [1, 2, 3, 4, 5]
+
+
+def spoil_and_stop():
+    spoil_losses([0], range(1, 99))
+    signal_at("nsa_train.parallel.engine:Engine", "backward", 3 * MICRO_BATCHES, signal.SIGTERM)
 
 
 def test_a_learning_rate_that_explodes_ends_with_18_and_keeps_the_last_checkpoint(train, tmp_path):
