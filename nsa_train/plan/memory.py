@@ -40,15 +40,19 @@ def memory(config: Config, ranks: int, tokens: int | None = None) -> Memory:
 
 
 def states(config: Config, ranks: int) -> dict[str, float]:
-    """Weights, gradients, optimizer, and the buckets in which gradients travel, as ZeRO's stage shards them."""
+    """Weights, gradients, optimizer, and the buckets in which gradients travel, as ZeRO's stage shards them.
+
+    What is offloaded is on the host, also stage 3's gradients. (Stage 2 sums them on the GPU and copies the sums.)
+    """
     parameters = sum(total for total, _ in parameters_by_part(meta_model(config)).values())
     stage, width = config.parallel.zero_stage, dtype_of(config.trainer.dtype).itemsize
-    on_gpu = 0 if config.parallel.offload_optimizer == "cpu" else 1
+    weights_there = config.parallel.offload_params == "none"
+    optimizer_there = config.parallel.offload_optimizer == "none"
     buckets = stage > 1 and not without_buckets(config, ranks)
     return {
-        "weights": parameters * width / (ranks if stage == 3 else 1),
-        "gradients": parameters * (width if stage == 1 else FP32 / ranks),
-        "optimizer": on_gpu * parameters * 3 * FP32 / ranks,
+        "weights": weights_there * parameters * width / (ranks if stage == 3 else 1),
+        "gradients": (optimizer_there or stage < 3) * parameters * (width if stage == 1 else FP32 / ranks),
+        "optimizer": optimizer_there * parameters * 3 * FP32 / ranks,
         "communication": min(BUCKET_ELEMENTS, parameters) * width if buckets else 0.0,
     }
 

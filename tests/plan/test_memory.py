@@ -62,6 +62,21 @@ def test_longer_passes_and_fewer_ranks_need_more_and_recomputation_less():
     assert gib(8, "parallel=zero3") < gib(8)
 
 
+def test_what_is_offloaded_takes_no_memory_of_the_gpu():
+    """With ZeRO 2 the sums of gradients stay there, beside a copy on the host."""
+
+    def on_gpu(stage, *words):
+        found = memory(load_config(["experiment=m", f"parallel=zero{stage}", *words]), 8).states
+        return {part for part, size in found.items() if size and part != "communication"}
+
+    optimizer, params = "parallel.offload_optimizer=cpu", "parallel.offload_params=cpu"
+    assert on_gpu(2) == on_gpu(3) == {"weights", "gradients", "optimizer"}
+    assert on_gpu(2, optimizer) == {"weights", "gradients"}
+    assert on_gpu(3, optimizer) == {"weights"}
+    assert on_gpu(3, params) == {"gradients", "optimizer"}
+    assert on_gpu(3, optimizer, params) == set()
+
+
 def test_buckets_are_there_where_gradients_travel_or_are_not_added_at_once():
     def gib_of_buckets(ranks, *words):
         return memory(load_config(["experiment=m", *words]), ranks).states["communication"] / 2**30
