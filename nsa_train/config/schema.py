@@ -244,7 +244,7 @@ class ScheduleConfig:
 
     kind: Literal["cosine", "wsd"]
     warmup_share: float  # of all steps
-    decay_share: float  # wsd: share of all steps spent in the final decay
+    decay_share: float  # wsd: of the steps behind the warm-up, spent in the final decay
     final_share: float  # last learning rate as a share of the peak
 
     def problems(self) -> list[str]:

@@ -54,6 +54,12 @@ def test_wsd_stays_at_the_peak_and_then_falls_in_a_line():
     assert [a - b for a, b in pairwise(found[80:])] == pytest.approx([0.09] * 19)
 
 
+def test_the_decay_of_wsd_is_a_share_of_the_steps_behind_the_warm_up():
+    found = rates("wsd", warmup_share=0.5, decay_share=0.2, final_share=0.1)
+    assert found[50:91] == pytest.approx([2.0] * 41)
+    assert [a - b for a, b in pairwise(found[90:])] == pytest.approx([0.18] * 9)
+
+
 @pytest.mark.parametrize("kind", ["cosine", "wsd"])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_very_short_runs_have_finite_rates(kind, steps):
