@@ -152,8 +152,6 @@ def _complete(
         _write_json(aside / MANIFEST, {**manifest, "digest": _digest_of(manifest)})
         runtime.fault_point("checkpoint-before-rename")
         final = folder / f"step_{step}"
-        if final.exists():  # left by a run that went further and whose newer metrics were lost: same step, same bits
-            _discard(final)
         os.rename(aside, final)
         _sync(folder)
         runtime.fault_point("checkpoint-before-pointer")
