@@ -22,9 +22,11 @@ from nsa_train.train.failures import FIRST_FAILURE
 
 # A resumed run may differ in these: they change how and how often, not what is computed.
 FREE_KEYS = (
-    "runs_dir", "logging", "parallel", "data.root", "data.prepared_dir", "trainer.checkpoint_every",
-    "trainer.keep_checkpoints", "trainer.log_every", "trainer.export", "trainer.cuda_graphs", "trainer.recomputed",
-    "profile",
+    "runs_dir", "logging", "profile", "data.root", "data.prepared_dir",
+    "parallel.zero_stage", "parallel.offload_optimizer", "parallel.offload_params", "parallel.timeout_s",
+    "parallel.hang_s", "parallel.deepspeed",
+    "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.log_every", "trainer.export",
+    "trainer.cuda_graphs", "trainer.recomputed",
 )  # fmt: skip
 # What was computed before a key of today came, where its default now is another.
 BEFORE = {"model": {"embedding_std": 0.02, "head_prior": False}}

@@ -19,7 +19,8 @@ def refusal(*folders):
 
 def test_runs_that_differ_in_arm_learning_rate_and_seed_are_taken(tmp_path):
     places = {"full": "here/text-0123456789ab", "nsa": None}  # the corpus is the same, by its hash
-    runs = [make_run(tmp_path, arm, seed, overrides=[f"optim.lr={lr}", "trainer.log_every=3",
+    layout = ["parallel=zero3", "parallel.offload_params=cpu", "parallel.deepspeed.dump_state=true"]
+    runs = [make_run(tmp_path, arm, seed, overrides=[f"optim.lr={lr}", "trainer.log_every=3", *layout * (arm == "nsa"),
                                                      f"data.corpus={places.get(arm) or 'null'}"])
             for arm, lr in (("nsa", 2e-3), ("full_gated_wide", 1e-3), ("full", 1e-3), ("window", 1e-3))
             for seed in (1, 0)]  # fmt: skip
@@ -42,6 +43,7 @@ def test_runs_that_differ_in_arm_learning_rate_and_seed_are_taken(tmp_path):
         ({"summary": {"status": "interrupted", "steps": 3}}, "the run is not finished (interrupted, 3 steps taken)"),
         ({"overrides": ["trainer.batch_rows=4"]}, "nsa-0: trainer.batch_rows=4, but "),
         ({"overrides": ["attention.window=32"]}, "nsa-0: attention.window=32, but "),
+        ({"overrides": ["parallel.reduce_dtype=bf16"]}, "nsa-0: parallel.reduce_dtype='bf16', but "),
         ({"overrides": ["model.width=64"]}, "nsa-0: model.width=64, but "),
         ({"seed": 1}, "nsa-1: nsa with seed 1 has no partner, full with that seed"),
     ],
