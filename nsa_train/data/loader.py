@@ -94,7 +94,7 @@ class Loader:
         self._names: list[str] = store.manifest["sources"]
         self._count = np.arange(max(stage.seq_len for stage in stages), dtype=np.int32)
         self._mixture = lru_cache(maxsize=None)(self._make_mixture)
-        facts = [(s.first_step, s.seq_len, s.batch_rows, sorted(s.mixture.items())) for s in self.stages]
+        facts = [(s.first_step, s.seq_len, s.batch_rows, list(s.mixture.items())) for s in self.stages]
         identity = [store.hash, store.split, facts, [getattr(data, key) for key in PACKING_KEYS], seed]
         self.fingerprint: str = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         self._check_sizes()
@@ -252,7 +252,8 @@ class Loader:
         streams = []
         for group in groups_of(stage.mixture, self._names):
             documents = np.flatnonzero(np.isin(source_of, group.sources))
-            whole = self._plan(Stretches.whole(self._store.lengths, documents), stage.seq_len, self._data.long_copies)
+            copies = self._data.long_copies if self._training else 1
+            whole = self._plan(Stretches.whole(self._store.lengths, documents), stage.seq_len, copies)
             first = whole
             if left is not None:
                 first = self._plan(left.only(np.isin(source_of[left.doc], group.sources)), stage.seq_len, 1)

@@ -190,16 +190,19 @@ class NearDuplicates:
         import rensa
 
         self._rensa = rensa
-        self._identities: set[int] = set()
+        self._seen: dict[int, bool] = {}
         self._index = rensa.RMinHashDeduplicator(threshold, SKETCH_SIZE, True, seed=0)
 
     def seen_before(self, identity: int, text: str) -> bool:
-        """Whether another document like this one was seen; it is remembered if not. `identity` is the text's hash."""
-        if identity in self._identities:
-            return False  # an equal one is no matter of likeness
-        self._identities.add(identity)
+        """Whether another document like this one was seen; it is remembered if not. `identity` is the text's hash.
+
+        Of equal ones that of the first: which of them stays is no matter of likeness.
+        """
+        if identity in self._seen:
+            return self._seen[identity]
         words = WORD.findall(text.lower())
         runs = {" ".join(words[i : i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))}
         sketch = self._rensa.RMinHash(SKETCH_SIZE, 0)
         sketch.update(list(runs))
-        return not self._index.add(str(identity), sketch)
+        self._seen[identity] = not self._index.add(str(identity), sketch)
+        return self._seen[identity]

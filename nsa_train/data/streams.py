@@ -29,7 +29,10 @@ def deb_payload(path: Path, name: str) -> Iterator[bytes]:
         if file.read(len(DEB_MAGIC)) != DEB_MAGIC:
             raise DataError(f"{name}: not a Debian package")
         while len(header := file.read(DEB_HEADER_BYTES)) == DEB_HEADER_BYTES:
-            member, size = header[:16].decode("latin-1").strip(" /"), int(header[48:58].strip() or b"-1")
+            member, digits = header[:16].decode("latin-1").strip(" /"), header[48:58].strip()
+            if not digits.isdigit():
+                raise DataError(f"{name}: the size of {member!r} is no number; copy the file again")
+            size = int(digits)
             if member.startswith("data.tar"):
                 yield from decompressed(_range(file, size, name), Path(member).suffix, name)
                 return

@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Self
 
 from nsa_train.config.schema import SourceConfig
 from nsa_train.data.files import Document
@@ -69,7 +69,7 @@ def _tar_files(
     """(path, text) of the members that count. An archive among them is read too, one level deep."""
     wanted, stream = _wanted(source), Stream(chunks)
     try:
-        with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as tar:  # type: ignore[call-overload]
             while (member := tar.next()) is not None:
                 tar.members.clear()  # the library would keep them all
                 path = member.name.removeprefix("./")
@@ -93,6 +93,17 @@ def _tar_files(
         pass
     if stream.last != bytes(512):
         raise DataError(f"{name}: ends without a tar archive's end mark; copy the file again")
+
+
+class _Member(tarfile.TarInfo):
+    """A damaged header between members is an error; the library takes it for the archive's end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(archive)
+        except (tarfile.InvalidHeaderError, ValueError) as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(str(error)) from error
 
 
 def _reads(file: IO[bytes]) -> Iterator[bytes]:
@@ -153,7 +164,11 @@ def _text(content: bytes, path: str, ledger: Ledger) -> str | None:
     if "\0" in text:
         ledger.leave_out("not text")
         return None
-    return html_text(text) if path.endswith((".html", ".htm")) else text
+    try:
+        return html_text(text) if path.endswith((".html", ".htm")) else text
+    except AssertionError:  # of the library, for a declaration that is none
+        ledger.leave_out("not HTML")
+        return None
 
 
 class _Page(HTMLParser):
@@ -168,7 +183,7 @@ class _Page(HTMLParser):
         self._unseen = 0
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
-        self._unseen += tag in self.UNSEEN
+        self._unseen = 0 if tag == "body" else self._unseen + (tag in self.UNSEEN)  # </head> may be left out
         if tag in self.BLOCKS:
             self.seen.append("\n")
 

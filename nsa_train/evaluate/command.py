@@ -141,9 +141,10 @@ def _opened(folder: Path) -> tuple[Transformer, Tokenizer]:
     return model, Tokenizer.load(export / MODEL_FILE if (export / MODEL_FILE).is_file() else export)
 
 
-def _stretch(model: Transformer, length: int, trained: float) -> float:
-    """Set and give YaRN's factor for a length: the run's own, or more where rows are longer than those it served."""
-    model.rope_factor = max(trained, math.ceil(length / model.config.rope_trained_len))
+def _stretch(model: Transformer, config: Config, length: int, trained: float) -> float:
+    """Set and give YaRN's factor for a length: the run's own, or more where rows are longer than those of training."""
+    longer = length > stages_of(config)[-1].seq_len
+    model.rope_factor = max(trained, math.ceil(length / model.config.rope_trained_len)) if longer else trained
     return model.rope_factor
 
 
@@ -153,7 +154,7 @@ def _grid(
     """Rows of cells, and a summary of each length."""
     batch_tokens, trained = config.trainer.micro_rows * config.trainer.seq_len, model.rope_factor
     for length in lengths:
-        factor = _stretch(model, length, trained)
+        factor = _stretch(model, config, length, trained)
         documents = make_documents(task, tokenizer, length, options.depths, options.samples)
         found = list(answers(model, documents, config.attention, batch_tokens))
         yield from ({"what": "cell", "task": task, **cell} for cell in cells(found, length, options.depths))
@@ -192,7 +193,7 @@ def _heldout(model: Transformer, config: Config, lengths: Sequence[int]) -> Iter
     start_processes(device, config.parallel.timeout_s)
     try:
         for length in lengths:
-            factor = _stretch(model, length, trained)
+            factor = _stretch(model, config, length, trained)
             loader = _loader(store, config, length, factor)
             found = evaluate(model, loader, config.trainer, store.manifest["sources"], device)
             runtime.log.info(
@@ -211,7 +212,7 @@ def _blocks(
     """Rows of each length; figure and chosen blocks of the longest. Raises DataError where nothing is chosen."""
     store, spec, trained, rows = _store(config), spec_of(config.attention), model.rope_factor, []
     for length in sorted(lengths):
-        factor = _stretch(model, length, trained)
+        factor = _stretch(model, config, length, trained)
         batches = _loader(store, config, length, factor).sequential(samples, 0, 1, 1)
         counts, chosen = count_blocks(model, batches, length, spec)
         if not counts.queries:
@@ -240,7 +241,7 @@ def _blocks(
 def _maps(model: Transformer, config: Config, length: int, samples: int, figure: Path) -> list[dict[str, Any]]:
     """Of the longest document of the first rows."""
     store = _store(config)
-    factor = _stretch(model, length, model.rope_factor)
+    factor = _stretch(model, config, length, model.rope_factor)
     rows = _loader(store, config, length, factor).sequential(samples, 0, 1, 1)
     document = max((row.tokens[span] for row in rows for span in row.document_spans()), key=len)
     found = attention_maps(model, document, spec_of(config.attention))

@@ -72,6 +72,7 @@ class NSATrainForCausalLM(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"transformer.head.weight": "transformer.embed.weight"}  # noqa: RUF012
     _keep_in_fp32_modules_strict = {"router.bias", "head.prior"}  # noqa: RUF012
     _supports_cache_class = False
+    accepts_loss_kwargs = False  # the loss is a mean: transformers' Trainer has to divide by its accumulation steps
 
     def __init__(self, config: NSATrainConfig) -> None:
         super().__init__(config)
@@ -90,14 +91,26 @@ class NSATrainForCausalLM(PreTrainedModel, GenerationMixin):
         return self.transformer.head
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **_: Any,
     ) -> CausalLMOutput:
-        """labels [B, S] as usual in transformers: shifted here, -100 ignored. Padding becomes documents of its own."""
+        """labels [B, S] as usual in transformers: shifted here, -100 ignored. Padding becomes documents of its own.
+
+        Raises ValueError for what would be read otherwise than it is meant: position_ids, which tell packed documents
+        in other models, and text with padding inside.
+        """
         B, S = input_ids.shape
+        if position_ids is not None:
+            raise ValueError("position_ids are not taken: give packed documents as rows, or Packing to the transformer")
         if self.config.max_position_embeddings < S:
             raise ValueError(f"{S} tokens are beyond the model's max_seq_len={self.config.max_position_embeddings}")
         lengths = [S] * B if attention_mask is None else _document_lengths(attention_mask)
-        logits = self.transformer.logits(input_ids.flatten(), Packing.from_lengths(lengths).to(input_ids.device))
+        with torch.autocast(input_ids.device.type, enabled=False):  # each part has its precision, the router fp32
+            logits = self.transformer.logits(input_ids.flatten(), Packing.from_lengths(lengths).to(input_ids.device))
         logits = logits.view(B, S, -1)
         loss = None
         if labels is not None:
@@ -110,6 +123,8 @@ class NSATrainForCausalLM(PreTrainedModel, GenerationMixin):
 
 def _document_lengths(mask: Tensor) -> list[int]:
     """Runs of equal mask values, row by row: text and padding of [B, S] as packed documents."""
+    if (mask.bool().int().diff(dim=1, prepend=torch.zeros_like(mask[:, :1]).int()) == 1).sum(1).gt(1).any():
+        raise ValueError("attention_mask has padding inside a row's text; pad on the left for generate()")
     return [int(n) for row in mask for n in torch.unique_consecutive(row, return_counts=True)[1]]
 
 

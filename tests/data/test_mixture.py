@@ -102,9 +102,20 @@ def test_without_a_mixture_the_corpus_is_read_in_its_own_proportions(store):
     assert list(epochs.values()) == pytest.approx([epochs["code"]] * 4, rel=1e-3)
 
 
-def test_validation_ignores_the_mixture(store):
+def test_the_fingerprint_tells_which_pattern_comes_first(store):
+    """A source belongs to the first one that it fits."""
+    mixtures = {"books/*": 0.6, "*b": 0.2, "code": 0.2}, {"*b": 0.2, "books/*": 0.6, "code": 0.2}
+    one, other = (make_loader(store, stages=[stage(0, 512, 16, **mixture)]) for mixture in mixtures)
+    assert tokens_of_sources(one, range(4)).tolist() != tokens_of_sources(other, range(4)).tolist()
+    assert one.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_validation_ignores_the_mixture_and_copies_of_long_documents(store, copies):
     heldout = TokenStore(store.folder, "heldout", store.manifest, store.tokens, store.offsets, store.sources)
-    loader = make_loader(heldout, stages=[stage(0, 512, 16, code=1.0, **{"*": 0.0})])
+    loader = make_loader(
+        heldout, stages=[stage(0, 512, 16, code=1.0, **{"*": 0.0})], packing="long", long_copies=copies
+    )
     found = sum(np.bincount(b.sources[b.sources >= 0], minlength=4) for b in loader.sequential(10**6, 0, 1, 64))
     assert found.tolist() == np.bincount(store.sources, store.lengths).tolist()
 

@@ -251,6 +251,19 @@ def test_a_text_in_two_sources_stays_in_one_split_whatever_is_near(tmp_path, mod
     assert Counter(found) == Counter(module_texts.values())
 
 
+def test_a_near_copy_that_two_sources_hold_is_no_held_out_text(tmp_path, module_texts):
+    """Of equal texts the held-out one stays; here it is like one that trains, as the other source's is."""
+    texts = list(module_texts.values())
+    near = texts[0].replace("self", "me", 3) + "# a line more\n"
+    write_jsonl(tmp_path / "a.jsonl", [*texts[:4], near])
+    write_jsonl(tmp_path / "b.jsonl", [*texts[4:], near])
+    sources = ("data.sources.a={paths: [a.jsonl], heldout_share: 1.0e-9}",
+               "data.sources.b={paths: [b.jsonl], heldout_share: 0.999999999}")  # fmt: skip
+    data = named(tmp_path, *sources, "data.near_duplicates=0.7")
+    assert select(data).left_out == {"duplicate": 1, "near duplicate": 1}
+    assert near not in [document.text for split in SPLITS for document in documents(data, split)]
+
+
 def test_a_data_set_is_read_by_its_name_as_a_stream(data_config, tmp_path, module_texts):
     folder = tmp_path / "owner" / "set"
     folder.mkdir(parents=True)

@@ -6,6 +6,7 @@ import io
 import lzma
 import re
 import tarfile
+from html.parser import HTMLParser
 
 import pytest
 import zstandard
@@ -196,6 +197,7 @@ LONG = tar_of([(f"{i}.py", bytes(f"{i} " * 3000, "ascii")) for i in range(20)])
         ("x.deb", deb_of(lzma.compress(LONG))[:-300]),
         ("x.deb", deb_of(b"")[:80]),
         ("x.deb", LONG),
+        ("x.tar", LONG.replace(b"\x009.py", b"\x00X.py")),  # a damaged header in the middle
     ],
 )
 def test_a_cut_archive_is_never_a_shorter_one(name, content, data_config, tmp_path):
@@ -204,6 +206,27 @@ def test_a_cut_archive_is_never_a_shorter_one(name, content, data_config, tmp_pa
     found, ledger = read_tar(data_config, tmp_path, content, name, on_error="skip")
     assert ledger.left_out == {"broken": 1}
     assert len(found) <= 1
+
+
+@pytest.mark.parametrize("size", [b"12x", b"-60", b""])
+def test_a_package_with_a_wrong_size_is_named(size, data_config, tmp_path):
+    package = deb_of(b"")
+    start = package.index(b"data.tar")
+    broken = package[: start + 48] + size.ljust(10) + package[start + 58 :]
+    with pytest.raises(DataError, match=r"the size of 'data\.tar\.xz' is no number"):
+        read_tar(data_config, tmp_path, broken, "x.deb")
+
+
+def test_a_page_needs_no_end_of_its_head_and_may_be_no_page(data_config, tmp_path, monkeypatch):
+    assert html_text("<html><head><title>t</title><body><p>a</p>") == "a\n"
+
+    def fails(self, page):
+        raise AssertionError("as some versions of the library do for a declaration that is none")
+
+    monkeypatch.setattr(HTMLParser, "feed", fails)
+    found, ledger = read_tar(data_config, tmp_path, tar_of([("a.html", b"<![foo[bar]]>"), ("b.md", b"text")]))
+    assert ledger.left_out == {"not HTML": 1}
+    assert "text" in found[0].text
 
 
 def test_a_page_is_what_a_reader_sees():

@@ -86,13 +86,13 @@ def test_several_tasks_see_the_model_as_it_was_trained(make_run):
     """A task stretches positions for its lengths; the next one begins with the run's own. Maps: the longest rows."""
     folder, _ = make_run("attention=nsa", "model.rope_trained_len=128")
     together = {}
-    assert main(["eval", str(folder), "task=blocks,heldout,maps", "lengths=64,256", "samples=2"]) == 0
+    assert main(["eval", str(folder), "task=blocks,heldout,maps", "lengths=256,512", "samples=2"]) == 0
     for task in ("blocks", "heldout", "maps"):
         together[task] = rows(folder, task)
-        assert main(["eval", str(folder), f"task={task}", "lengths=64,256", "samples=2"]) == 0
+        assert main(["eval", str(folder), f"task={task}", "lengths=256,512", "samples=2"]) == 0
         assert rows(folder, task) == together[task], task
-    assert [row["rope_factor"] for row in together["heldout"]] == [1, 2]
-    assert {row["length"] for row in together["maps"]} == {256}
+    assert [row["rope_factor"] for row in together["heldout"]] == [1, 4]
+    assert {row["length"] for row in together["maps"]} == {512}
 
 
 @pytest.mark.parametrize(

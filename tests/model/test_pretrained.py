@@ -95,6 +95,26 @@ def test_padding_changes_no_token(tmp_path, attention, side):
         torch.testing.assert_close(got[1], model(TOKENS[1:]).logits[0], rtol=1e-4, atol=1e-5)
 
 
+def test_what_would_be_read_otherwise_than_it_is_meant_is_refused(tmp_path):
+    model = exported(tmp_path)
+    mask = torch.ones_like(TOKENS)
+    mask[1, 5:7] = 0
+    with pytest.raises(ValueError, match="padding inside a row's text"):
+        model(TOKENS, attention_mask=mask)
+    with pytest.raises(ValueError, match="position_ids are not taken"):
+        model(TOKENS, position_ids=torch.arange(TOKENS.shape[1])[None])
+
+
+@pytest.mark.parametrize("attention", [FULL, NSA], ids=["full", "nsa"])
+def test_autocast_changes_nothing(tmp_path, attention):
+    model = exported(tmp_path, attention)
+    want = model(TOKENS, labels=TOKENS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = model(TOKENS, labels=TOKENS)
+        got.loss.backward()
+    assert torch.equal(got.logits, want.logits)
+
+
 def test_the_loss_is_that_of_the_next_token(tmp_path):
     model = exported(tmp_path)
     labels = TOKENS.clone()
