@@ -78,16 +78,19 @@ def record_document(
         ledger.leave_out("language")
     elif text is not None and not isinstance(text, str):
         ledger.refuse(f"{place}: field {source.text_field!r} is a {type(text).__name__}, not text")
-    elif problem := _surrogate(text or ""):
-        ledger.refuse(f"{place}: {problem}")
     else:
         licence = record.get("licence") or record.get("license")
-        yield Document(
+        document = Document(
             text or "",
             str(record.get("source") or group),
             str(record.get("title") or place),
             licence if isinstance(licence, str) else None,
         )
+        words = {"text": document.text, "source": document.source, "title": document.title, "licence": document.licence}
+        if problems := [problem for field, word in words.items() if (problem := _surrogate(word or "", field))]:
+            ledger.refuse(f"{place}: {problems[0]}")
+        else:
+            yield document
 
 
 def _hidden(path: Path) -> bool:
@@ -181,10 +184,10 @@ def _no_field(place: str, field: str, fields: Iterable[str]) -> str:
     return f"{place}: no field {field!r}, only {found}; set data.text_field or data.language_field"
 
 
-def _surrogate(text: str) -> str | None:
+def _surrogate(word: str, field: str) -> str | None:
     """JSON may spell half of a surrogate pair, which no UTF-8 has."""
     try:
-        text.encode("utf-8")
+        word.encode("utf-8")
     except UnicodeEncodeError as error:
-        return f"not UTF-8 (character {error.start} of the text is half a surrogate pair)"
+        return f"not UTF-8 (character {error.start} of the {field} is half a surrogate pair)"
     return None

@@ -74,9 +74,10 @@ def _lock(building: Path, progress: Callable[[str], None]) -> IO[str]:
     """Wait for the lock of a building site; closing it, or dying, frees it. Its holder may remove the site."""
     told = False
     while True:
-        building.mkdir(parents=True, exist_ok=True)
-        file = (building / "lock").open("w")
+        file = None
         try:
+            building.mkdir(parents=True, exist_ok=True)
+            file = (building / "lock").open("w")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file.fileno()), (building / "lock").stat()):
                 return file
@@ -85,9 +86,11 @@ def _lock(building: Path, progress: Callable[[str], None]) -> IO[str]:
                 progress(f"{building}: another process prepares this corpus; waiting for it")
             told = True
             time.sleep(WAIT_S)
-        except FileNotFoundError:  # the holder finished and removed the site
-            pass
-        file.close()
+        except (FileNotFoundError, FileExistsError):  # the holder finished and removed the site meanwhile
+            if building.is_file():
+                raise
+        if file:
+            file.close()
 
 
 def _key(data: DataConfig, vocab: int) -> str:

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nsa_train.data import shards
-from nsa_train.data.prepare import prepare
+from nsa_train.data.prepare import _lock, prepare
 from nsa_train.data.selection import SPLITS, documents
 from nsa_train.data.store import TokenStore
 from nsa_train.data.tokenizer import Tokenizer
@@ -71,7 +72,7 @@ KILLED = """
 import json, sys
 from nsa_train.config.schema import DataConfig
 from nsa_train.data import shards
-from nsa_train.data.prepare import prepare
+from nsa_train.data.prepare import _lock, prepare
 if __name__ == "__main__":
     shards.SHARD_CHARACTERS = int(sys.argv[1])
     fields = json.loads(sys.argv[2])
@@ -226,3 +227,20 @@ def test_a_corpus_with_a_hugging_face_tokenizer_decodes_to_its_text(corpus, modu
 def test_workers_do_not_import_the_model_or_torch():
     code = "import sys, nsa_train.data.prepare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_site_that_its_holder_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
+    """Between a waiter's mkdir and its open, which then finds no folder; a file in the way is told all the same."""
+    opened, site = Path.open, tmp_path / "site"
+
+    def open_first_too_late(self, *arguments):
+        monkeypatch.setattr(Path, "open", opened)
+        self.parent.rmdir()
+        return opened(self, *arguments)
+
+    monkeypatch.setattr(Path, "open", open_first_too_late)
+    with _lock(site, print) as lock:
+        assert os.path.samestat(os.fstat(lock.fileno()), (site / "lock").stat())
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError):
+        _lock(tmp_path / "file", print)
