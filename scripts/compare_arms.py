@@ -261,12 +261,13 @@ def run(queue: Queue, args: argparse.Namespace) -> int:
     _check_sources(jobs)
     results.safe_name(args.name or experiment)  # and what else would be found wrong only after the training
     read_gates(args.gates, [job.config for job in jobs])
+    options = Options.parse([f"task={','.join(args.eval or TASKS)}", *lengths])
     for job in jobs:
-        check_lengths(Options.parse([f"task={','.join(args.eval) or TASKS[0]}", *lengths]), job.config)
+        check_lengths(options, job.config)
     queue.train(jobs)
-    options = [f"--{key}={getattr(args, key)}" for key in ("name", "out") if getattr(args, key)]
-    options += [f"--gates={path}" for path in args.gates]
-    return compare([*(str(job.path) for job in jobs), *options])
+    words = [f"--{key}={getattr(args, key)}" for key in ("name", "out") if getattr(args, key)]
+    words += [f"--gates={path}" for path in args.gates]
+    return compare([*(str(job.path) for job in jobs), *words])
 
 
 def _check_sources(jobs: list[Job]) -> None:

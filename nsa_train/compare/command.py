@@ -88,12 +88,12 @@ def read_gates(paths: Sequence[Path], configs: Sequence[Config]) -> list[dict[st
     Raises NsaTrainError where a file has none, where two have gates of one arm, and where they are of another model.
     """
     rows: list[dict[str, Any]] = []
+    asked = {config.arm: gates.recipe(config) for config in configs}
     for path in paths:
         found = _gates(path, configs[0].experiment)
         if twice := {row["arm"] for row in rows} & {row["arm"] for row in found}:
             raise NsaTrainError(f"--gates {path}: an earlier file has gates of {', '.join(sorted(twice))}, too")
         told = {row["arm"]: row.get("recipe") for row in found}  # files of before have none
-        asked = {config.arm: gates.recipe(config) for config in configs}
         if others := {arm for arm, recipe in told.items() if recipe != asked.get(arm, recipe or "unknown")}:
             raise NsaTrainError(
                 f"--gates {path}: {', '.join(sorted(others))} had another model, attention, moe or trainer.dtype "

@@ -123,9 +123,10 @@ class NSATrainForCausalLM(PreTrainedModel, GenerationMixin):
 
 def _document_lengths(mask: Tensor) -> list[int]:
     """Runs of equal mask values, row by row: text and padding of [B, S] as packed documents."""
-    if (mask.bool().int().diff(dim=1, prepend=torch.zeros_like(mask[:, :1]).int()) == 1).sum(1).gt(1).any():
+    runs = [torch.unique_consecutive(row, return_counts=True) for row in mask]
+    if any(values.count_nonzero() > 1 for values, _ in runs):
         raise ValueError("attention_mask has padding inside a row's text; pad on the left for generate()")
-    return [int(n) for row in mask for n in torch.unique_consecutive(row, return_counts=True)[1]]
+    return [int(n) for _, counts in runs for n in counts]
 
 
 AutoConfig.register("nsa_train", NSATrainConfig, exist_ok=True)
