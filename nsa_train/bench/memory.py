@@ -2,6 +2,7 @@
 
 A few steps of each run, two micro-batches each. `planned_gib` is of a rank, by part: states, activations kept from the
 forward to the backward pass, and what comes and goes, of which the largest counts. `ratio` is measured over planned.
+Rows that the file has of other runs stay in it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from nsa_train.plan.advice import GIB, need
 Case = tuple[str, str, int, int, tuple[str, ...]]  # preset, arm, T, rows of a forward pass, overrides
 
 STEPS, MICRO_BATCHES = 3, 2
+KEY = ("preset", "attention", "T", "micro_rows", "dtype", "checkpointing", "zero", "gpus")
 # ZeRO 1 takes fp32 only: it would sum gradients in bf16.
 CASES: tuple[Case, ...] = (
     ("r1", "nsa", 8192, 8, ()),
@@ -45,6 +47,11 @@ def overrides_of(preset: str, arm: str, T: int, micro_rows: int, gpus: int, rest
         f"trainer.batch_rows={micro_rows * MICRO_BATCHES * gpus}", f"trainer.steps={STEPS}", "trainer.log_every=1",
         f"trainer.val_every={STEPS}", *MEASURED_ONLY, *rest,
     ]  # fmt: skip
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells the runs behind rows apart."""
+    return (*(row[key] for key in KEY), *parts_recomputed(row), *row["overrides"])
 
 
 def one_run(case: Case, gpus: int, rest: list[str], folder: Path) -> dict[str, Any]:
@@ -94,10 +101,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--presets", nargs="+", default=["r1", "r2", "m"])
     args = parse_on_gpus(parser, arguments, "memory of GPUs")
     rows: list[dict[str, Any]] = []
+    name = f"memory_{results.gpu_label()}"
     with tempfile.TemporaryDirectory() as folder:
         for case in (case for case in CASES if case[0] in args.presets):
             rows.append(one_run(case, args.gpus, args.set, Path(folder)))
             runtime.log.info("%s", rows[-1])
-            written = results.write_result(f"memory_{results.gpu_label()}", "memory", rows, args.commit, args.out)
+            every = results.with_earlier(args.out / f"{name}.json", rows, key_of)
+            written = results.write_result(name, "memory", every, args.commit, args.out)
     runtime.log.info("%s\n%s", markdown([(torch.cuda.get_device_name(), row) for row in rows]), written)
     return 0

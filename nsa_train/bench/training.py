@@ -57,7 +57,7 @@ def overrides_of(preset: str, arm: str, T: int, steps: int, gpus: int, rest: lis
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """What tells the runs behind rows apart."""
-    return (*(row.get(key) for key in KEY), *parts_recomputed(row))
+    return (*(row.get(key) for key in KEY), *parts_recomputed(row), *row["overrides"])
 
 
 def settings_of(row: dict[str, Any]) -> list[str]:

@@ -37,6 +37,13 @@ def test_the_cases_are_enough_and_differ():
     )
 
 
+def test_rows_of_two_runs_are_told_apart_and_a_run_that_is_repeated_is_not(monkeypatch, tmp_path):
+    run = Run(1.0, None, [{"mem_gib": 12.34}], {})
+    keys = [memory.key_of(row_of(monkeypatch, tmp_path, run, case)[0]) for case in (*memory.CASES, memory.CASES[0])]
+    assert len(set(keys)) == len(memory.CASES)
+    assert keys[-1] == keys[0]
+
+
 def test_the_table_has_a_line_for_each_row_also_for_those_that_failed(monkeypatch, tmp_path):
     good, _ = row_of(monkeypatch, tmp_path, Run(1.0, None, [{"mem_gib": 12.34}], {}))
     bad, _ = row_of(monkeypatch, tmp_path, Run(1.0, "exit code 1: out of\nmemory", [], {}))

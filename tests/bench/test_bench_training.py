@@ -50,7 +50,7 @@ def test_a_row_of_any_age_leads_back_to_its_configuration(row, parts):
 
 def test_a_row_takes_the_place_of_an_earlier_one_of_the_same_run(tmp_path):
     path = tmp_path / "training_h100.json"
-    others = [OLD | {"checkpointing": False}, OLD | {"recomputed": ["mlp"]}]
+    others = [OLD | {"checkpointing": False}, OLD | {"recomputed": ["mlp"]}, OLD | {"overrides": ["model.layers=4"]}]
     path.write_text(json.dumps({"rows": [OLD, *others]}))
     both = OLD | {"recomputed": ["attention", "mlp"]}
     assert with_earlier(path, [both], training.key_of) == [*others, both]
