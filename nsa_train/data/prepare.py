@@ -21,7 +21,7 @@ from nsa_train.config.schema import DataConfig
 from nsa_train.data import shards
 from nsa_train.data.pack import PACKING_KEYS
 from nsa_train.data.progress import Meter
-from nsa_train.data.selection import DROPPED, SPLITS, Selection, Split, chosen, select
+from nsa_train.data.selection import DROPPED, SPLITS, ReadFailed, Selection, Split, chosen, select
 from nsa_train.data.sources import input_stats
 from nsa_train.data.statistics import packing_numbers, plot_lengths, source_numbers, split_numbers, unigram_entropy
 from nsa_train.data.store import FIGURE, MANIFEST, SCHEMA, SPLIT_FILES, corpus_hash, read_manifest, sha256_of
@@ -38,9 +38,9 @@ NOT_IN_KEY = ("corpus", "prepared_dir", "workers", "mixture", *PACKING_KEYS)
 def prepare(data: DataConfig, vocab: int, progress: Callable[[str], None]) -> Path:
     """The folder of the tokenised corpus: `data.corpus`, or built on the first call and found again by later ones.
 
-    The folder is named after everything that decides its content, so a changed input gets a new folder. A killed call
-    leaves its finished shards, and the next one goes on behind them. Other processes that prepare the same corpus
-    wait. `progress` gets a line every few seconds.
+    The folder is named after everything that decides its content, so a changed input gets a new folder. A call that
+    is killed, or cannot read its input any more, leaves its finished shards, and the next one goes on behind them.
+    Other processes that prepare the same corpus wait. `progress` gets a line every few seconds.
     Raises DataError for unusable input, StorageError where the folder cannot be written, Interrupted by Ctrl-C.
     """
     if data.corpus:
@@ -57,6 +57,10 @@ def prepare(data: DataConfig, vocab: int, progress: Callable[[str], None]) -> Pa
                 try:
                     if not folder.exists():
                         _build(data, vocab, building, progress).rename(folder)
+                except ReadFailed as error:
+                    raise DataError(
+                        f"{error}; what is finished is kept, and the same command goes on once it can be read"
+                    ) from error
                 except DataError:
                     shutil.rmtree(building, ignore_errors=True)
                     raise

@@ -18,7 +18,7 @@ import numpy as np
 from nsa_train.config.schema import DataConfig
 from nsa_train.data.files import Document
 from nsa_train.data.ledger import Ledger
-from nsa_train.data.sources import candidates
+from nsa_train.data.sources import Candidate, candidates
 from nsa_train.errors import DataError
 
 Split = Literal["train", "heldout"]
@@ -27,6 +27,10 @@ DROPPED = -1
 SHINGLE_WORDS = 8
 SKETCH_SIZE = 128
 WORD = re.compile(r"\w+")
+
+
+class ReadFailed(DataError):
+    """Input that could be read when a corpus was chosen cannot be read now."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +123,13 @@ def select(data: DataConfig, seen: Callable[[int], None] = lambda size: None) ->
 
 
 def chosen(data: DataConfig, selection: Selection) -> Iterator[tuple[Split, Document]]:
-    """The documents that a corpus keeps, in order. Raises DataError where they are no longer those of the selection."""
+    """The documents that a corpus keeps, in order.
+
+    Raises DataError where they are no longer those of the selection, ReadFailed where they cannot be read any more.
+    """
     changed = f"the input of corpus {data.name!r} changed while it was prepared; run the command again"
     number = -1
-    for number, candidate in enumerate(candidates(data, Ledger(data.on_error))):
+    for number, candidate in enumerate(_read_again(data)):
         if number >= len(selection.fate):
             raise DataError(changed)
         if selection.fate[number] != DROPPED:
@@ -131,6 +138,13 @@ def chosen(data: DataConfig, selection: Selection) -> Iterator[tuple[Split, Docu
             yield SPLITS[selection.fate[number]], candidate.document
     if number + 1 != len(selection.fate):
         raise DataError(changed)
+
+
+def _read_again(data: DataConfig) -> Iterator[Candidate]:
+    try:
+        yield from candidates(data, Ledger(data.on_error))
+    except DataError as error:
+        raise ReadFailed(str(error)) from error
 
 
 def documents(data: DataConfig, split: Split) -> Iterator[Document]:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import errno
+import gzip
+import itertools
 import json
 import os
 import re
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nsa_train.data import shards
+from nsa_train.data import shards, streams
 from nsa_train.data.prepare import _lock, prepare
 from nsa_train.data.selection import SPLITS, documents
 from nsa_train.data.store import TokenStore
@@ -164,6 +166,34 @@ def test_a_full_disk_is_told_and_nothing_half_written_is_taken_for_whole(corpus,
     folder = prepare(corpus, VOCAB, print)
     assert contents(folder) == undisturbed
     assert json.loads((folder / "preparation.json").read_text())["shards_found"] >= 2
+
+
+@pytest.mark.parametrize(("fails", "problem"), [(True, "Input/output error"), (False, "ends inside its gz data")])
+def test_after_a_failed_read_finished_shards_are_kept(fails, problem, corpus, tmp_path, monkeypatch):
+    (tmp_path / "corpus.jsonl.gz").write_bytes(gzip.compress((tmp_path / "corpus.jsonl").read_bytes()))
+    data = dataclasses.replace(corpus, paths=("corpus.jsonl.gz",))
+    undisturbed = contents(prepare(elsewhere(data), VOCAB, print))
+    reads, passes = streams._reads, []
+
+    def half_in_the_last_pass(file):
+        passes.append(file)
+        last = len(passes) == 3
+        yield from itertools.islice(reads(file), 9 if last else None)
+        if last and fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(shards, "SHARD_CHARACTERS", 4000)
+    monkeypatch.setattr(streams, "CHUNK_BYTES", 2048)
+    monkeypatch.setattr(streams, "_reads", half_in_the_last_pass)
+    with pytest.raises(DataError, match=rf"^corpus\.jsonl\.gz: .*{problem}.*the same command goes on once"):
+        prepare(data, VOCAB, print)
+    (site,) = (tmp_path / "prepared").iterdir()
+    kept = list((site / "shards").glob("*.npy"))
+    lines = []
+    folder = prepare(data, VOCAB, lines.append)
+    assert contents(folder) == undisturbed
+    assert json.loads((folder / "preparation.json").read_text())["shards_found"] == len(kept) >= 2
+    assert not any("reading" in line or "training" in line for line in lines)
 
 
 def test_a_second_starter_waits_and_finds_the_corpus_of_the_first(corpus):
