@@ -169,10 +169,10 @@ class SourceConfig:
             found.append("kind=recall needs take (documents), min_chars and max_chars: it makes documents so long")
         if self.take is not None and self.take <= 0:
             found.append(f"take={self.take} must be positive, or null for all")
-        root = Path(self.root).resolve()
-        for path in () if self.kind == "hub" else (*self.paths, *self.heldout_paths):
-            if not (root / path).resolve().is_relative_to(root):
-                found.append(f"paths: {path} leaves data.root={self.root}; set data.root to the folder that holds it")
+        root, real, hub = Path(self.root), Path(self.root).resolve(), self.kind == "hub"  # as spelt, and behind links
+        for path in (*self.paths, *self.heldout_paths):
+            if not ((root / path).is_relative_to(root) and (hub or (root / path).resolve().is_relative_to(real))):
+                found += [f"paths: {path} leaves data.root={self.root}; name it from there, or set data.root above it"]
         return found
 
 

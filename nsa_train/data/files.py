@@ -136,6 +136,8 @@ def _table(batches: Iterable[Any], path: Path, name: str, source: SourceConfig, 
     try:
         for batch in batches:
             columns = [column for column in batch.schema.names if column in wanted]
+            if twice := [column for column in columns if columns.count(column) > 1]:
+                raise DataError(f"{name}: {len(twice)} columns are called {twice[0]!r}; rename all but one")
             for start in range(0, batch.num_rows, TABLE_ROWS):
                 for record in batch.select(columns).slice(start, TABLE_ROWS).to_pylist():
                     row += 1

@@ -308,6 +308,15 @@ def test_a_path_inside_data_root_is_taken(tmp_path):
     assert "leaves" in refusal(*root, "data.paths=[a/../../b.jsonl]")
 
 
+@pytest.mark.parametrize("kind", ["files", "tree", "hub"])
+def test_an_absolute_path_is_taken_under_an_absolute_root_only(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "text" / "a"
+    overrides = ["data=files", f"data.kind={kind}", f"data.paths=[{path}]"]
+    assert load_config([*overrides, f"data.root={tmp_path}"]).data.paths == (str(path),)
+    assert f"data.paths: {path} leaves data.root=text; name it from there" in refusal(*overrides, "data.root=text")
+
+
 def test_sources_take_from_their_neighbours_what_they_do_not_say():
     overrides = ["data=files", "data.text_field=body", "data.sources.one.paths=[a.jsonl]",
                  "data.sources.two={paths: [b.jsonl], text_field: other}"]  # fmt: skip

@@ -180,6 +180,16 @@ def test_a_parquet_file_without_the_text_column_names_its_columns(data_config, t
         texts_of(data_config(paths=("x.parquet",)), "train")
 
 
+@pytest.mark.parametrize("columns", [["text", "text", "id"], ["text", "source", "source"]])
+def test_a_column_that_is_there_twice_is_named(columns, data_config, tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=columns)
+    parquet.write_table(table, tmp_path / "x.parquet")
+    write_arrow(tmp_path / "x.arrow", table)
+    for name in ("x.parquet", "x.arrow"):
+        with pytest.raises(DataError, match=rf"^{re.escape(name)}: 2 columns are called '{columns[1]}'; rename all"):
+            texts_of(data_config(paths=(name,)), "train")
+
+
 def test_a_missing_path_is_named(data_config, tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
         texts_of(data_config(paths=("nowhere.jsonl",)), "train")
