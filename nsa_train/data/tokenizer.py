@@ -61,8 +61,8 @@ class Tokenizer:
 
     @property
     def sha256(self) -> str:
-        """Of the first of `files`."""
-        return hashlib.sha256(next(iter(self.files.values()))).hexdigest()
+        """Of all `files`."""
+        return hashlib.sha256(b"".join(self.files.values())).hexdigest()
 
     def save(self, folder: Path) -> Path:
         """Write `files` into a folder; gives the path that `load` takes."""

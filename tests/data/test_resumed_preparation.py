@@ -254,6 +254,20 @@ def test_a_corpus_with_a_hugging_face_tokenizer_decodes_to_its_text(corpus, modu
         prepare(data, 500, print)
 
 
+def test_tokenizers_that_close_documents_differently_share_no_corpus(corpus, module_texts, tmp_path):
+    from tokenizers import ByteLevelBPETokenizer
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(module_texts.values(), VOCAB, special_tokens=["</s>", "<end>"], show_progress=False)
+    trained.save(str(tmp_path / "tokenizer.json"))
+    ends = []
+    for eos in ("</s>", "<end>"):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+        store = TokenStore.open(prepare(dataclasses.replace(corpus, tokenizer=str(tmp_path)), VOCAB, print), "train")
+        ends.append(store.tokens[-1])
+    assert ends == [0, 1]
+
+
 def test_workers_do_not_import_the_model_or_torch():
     code = "import sys, nsa_train.data.prepare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
