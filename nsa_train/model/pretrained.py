@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, Pret
 from transformers.modeling_outputs import CausalLMOutput
 
 from nsa_train.config.schema import AttentionConfig, ModelConfig, MoEConfig
-from nsa_train.errors import ConfigError
+from nsa_train.errors import ConfigError, NsaTrainError
 from nsa_train.model.transformer import Transformer
 from nsa_train.packing import Packing
 
@@ -80,6 +80,24 @@ class NSATrainForCausalLM(PreTrainedModel, GenerationMixin):
         if not self.transformer.embed.weight.is_meta:  # made, not loaded: weights of a run with seed 0
             self.transformer.start(seed=0)
         self.post_init()
+
+    @staticmethod
+    def _finalize_model_loading(model: PreTrainedModel, load_config: Any, loading_info: Any) -> Any:
+        """As of transformers, which would leave what a file lacks as it lay in memory, with a warning at most.
+
+        Raises NsaTrainError. Here, because what `from_pretrained` tells forgets a lost tensor of two tied names.
+        """
+        missing = set(loading_info.missing_keys)
+        for tied in model.all_tied_weights_keys.items():
+            if not missing.issuperset(tied):
+                missing.difference_update(tied)
+        if missing:
+            place = load_config.pretrained_model_name_or_path or "the export"
+            raise NsaTrainError(
+                f"{place}: {len(missing)} of the model's tensors are not there; copy it from where it is whole, or "
+                "train and export again:\n  " + "\n  ".join(sorted(missing))
+            )
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: `Transformer.start` has set every value, or the file that is being loaded does."""

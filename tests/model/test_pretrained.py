@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from cases import ARMS, FULL, MODEL, MOE, NSA, build, grow, rows
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from nsa_train.errors import ConfigError
+from nsa_train.errors import ConfigError, NsaTrainError
 from nsa_train.model.pretrained import NSATrainConfig, NSATrainForCausalLM
 from nsa_train.packing import Packing
 
@@ -155,3 +156,20 @@ def test_an_export_of_another_version_is_refused_with_every_key(tmp_path):
     said, *lines = str(caught.value).splitlines()
     assert said.startswith(f"{tmp_path}: another version of nsa_train wrote its config.json; use that one, or train")
     assert lines == ["  model.embedding_std: missing", "  attention.span: no such key"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_export_without_some_tensors_is_refused_with_their_names(tmp_path, tied):
+    exported(tmp_path, tied_embeddings=tied)
+    lost = [f"transformer.{name}" for name in ("embed.weight", "layers.1.mlp.down", "layers.1.mlp.router.bias")]
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    for name in lost:
+        del weights[name]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(NsaTrainError) as caught:
+        reopened(tmp_path)
+    said, *lines = str(caught.value).splitlines()
+    named = sorted([*lost, *(["transformer.head.weight"] if tied else [])])  # one tensor of two names
+    assert said.startswith(f"{tmp_path}: {len(named)} of the model's tensors are not there; copy it from where")
+    assert lines == [f"  {name}" for name in named]
