@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-WHOLE, POSITIVE = 0, 1  # numbers, by the least that DeepSpeed takes
+WHOLE, POSITIVE, EVEN = range(2**63), range(1, 2**63), range(0, 2**63, 2)  # numbers that DeepSpeed takes
 # Names are DeepSpeed 0.19's; none of them changes what is computed, only when and in what pieces.
 ADDABLE: dict[str, Any] = {
     "wall_clock_breakdown": bool,
@@ -20,7 +20,7 @@ ADDABLE: dict[str, Any] = {
         "reduce_scatter": bool,
         "reduce_bucket_size": POSITIVE,
         "allgather_partitions": bool,
-        "allgather_bucket_size": WHOLE,
+        "allgather_bucket_size": EVEN,  # else an assertion of stages 1 and 2 fails
         "sub_group_size": WHOLE,
         "stage3_prefetch_bucket_size": WHOLE,
         "stage3_param_persistence_threshold": WHOLE,
@@ -49,7 +49,12 @@ OURS = {
     "zero_optimization.offload_optimizer": "parallel.offload_optimizer",
     "zero_optimization.offload_param": "parallel.offload_params",
 }
-KINDS = {bool: "true or false", WHOLE: "a whole number", POSITIVE: "a positive whole number"}
+KINDS = {
+    bool: "true or false",
+    WHOLE: "a whole number",
+    POSITIVE: "a positive whole number",
+    EVEN: "an even whole number",
+}
 
 
 def problems(raw: dict[str, Any], known: dict[str, Any] = ADDABLE, place: str = "") -> list[str]:
@@ -71,7 +76,7 @@ def problems(raw: dict[str, Any], known: dict[str, Any] = ADDABLE, place: str = 
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    return type(value) is bool if kind is bool else type(value) is int and value >= kind
+    return type(value) is bool if kind is bool else type(value) is int and value in kind
 
 
 def merged(settings: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:

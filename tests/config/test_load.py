@@ -198,6 +198,10 @@ def test_one_file_of_a_group_lists_every_key_and_the_others_only_what_differs(gr
             "parallel.deepspeed.zero_optimization.reduce_bucket_size=0 must be a positive whole number",
         ),
         (
+            "parallel.deepspeed={zero_optimization: {allgather_bucket_size: 201}}",
+            "parallel.deepspeed.zero_optimization.allgather_bucket_size=201 must be an even whole number",
+        ),
+        (
             "parallel.deepspeed={zero_optimization: {stage3_module_granularity_threshold: 5000}}",
             "parallel.deepspeed.zero_optimization.stage3_module_granularity_threshold: no key that can be added",
         ),
