@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,13 @@ class Run:
     summary: dict[str, Any]
 
 
+def last_words(stderr: str) -> str:
+    """What a run said before torchrun, if that launched it, reported its end."""
+    lines = stderr.strip().splitlines()
+    own = [*takewhile(lambda line: "torch/distributed/elastic" not in line, lines)]
+    return "\n".join(own or lines)[-300:]
+
+
 def train_run(folder: Path, overrides: list[str], processes: int | None = None, show: bool = False) -> Run:
     """Train with these overrides, which lead to the run folder `folder`.
 
@@ -55,7 +63,7 @@ def train_run(folder: Path, overrides: list[str], processes: int | None = None, 
     done = subprocess.run(command, capture_output=not show, text=True, check=False)
     seconds = time.perf_counter() - started
     if done.returncode:
-        said = "" if show else f": {done.stderr.strip()[-300:]}"
+        said = "" if show else f": {last_words(done.stderr)}"
         return Run(seconds, f"exit code {done.returncode}{said}", [], {})
     logged = [row for row in read_metrics(folder / METRICS) if row["split"] == "train"]
     return Run(seconds, None, logged, json.loads((folder / "summary.json").read_text()))

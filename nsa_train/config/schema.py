@@ -298,6 +298,7 @@ class TrainerConfig:
     recomputed: tuple[LayerPart, ...]  # parts of a layer that activation checkpointing computes again
     compile: bool  # torch.compile each layer's attention around the NSA op
     cuda_graphs: bool  # on a GPU: record a micro-batch's forward and backward pass once, replay it from then on
+    force_balance: bool  # every expert gets as many tokens, whatever the router says: for benchmarks only
     loss_chunk_tokens: int  # logits exist for so many tokens at once
     log_every: int
     val_every: int

@@ -20,10 +20,17 @@ class Routing(NamedTuple):
     balance: Tensor
 
 
+FORCED = 100.0  # of logits: far above what a router gives
+
+
 class Router(nn.Module):
-    """Top-k of the scores plus a bias that only steers the choice (loss-free balancing, arXiv 2408.15664)."""
+    """Top-k of the scores plus a bias that only steers the choice (loss-free balancing, arXiv 2408.15664).
+
+    forced  each expert is given as many tokens, in turn, for measurements of speed: nothing is learned so
+    """
 
     bias: Tensor
+    forced = False
 
     def __init__(self, width: int, moe: MoEConfig) -> None:
         super().__init__()
@@ -35,9 +42,18 @@ class Router(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor) -> Routing:
         """x [T, M]; bounds [N + 1] of its documents, so that packed ones are balanced as separate ones would be."""
         moe = self.config
-        logits = router_logits(x, self.weight)
+        logits, bias = router_logits(x, self.weight), self.bias
+        if self.forced:
+            logits = logits + FORCED * in_turn(len(x), moe.experts, moe.top_k, x.device)
+            bias = torch.zeros_like(bias)
         softmax = moe.router == "softmax"
-        return Routing(*route(logits, self.bias, cu_seqlens, moe.top_k, softmax, moe.normalise, moe.routed_scale))
+        return Routing(*route(logits, bias, cu_seqlens, moe.top_k, softmax, moe.normalise, moe.routed_scale))
+
+
+def in_turn(T: int, E: int, K: int, device: torch.device) -> Tensor:
+    """[T, E] bool: K experts of each token, so that loads differ by one at most."""
+    token, expert = torch.arange(T, device=device)[:, None], torch.arange(E, device=device)
+    return (expert - K * token) % E < K
 
 
 @torch.no_grad()

@@ -129,6 +129,11 @@ class Transformer(nn.Module):
         for layer in self.layers:
             layer.attention.compile(dynamic=False)
 
+    def force_balance(self) -> None:
+        """From here on every expert gets as many tokens, whatever the routers say."""
+        for router in self.routers():
+            router.forced = True
+
     def keep_blocks(self, kept: list[Tensor] | None) -> None:
         """A list receives the selected blocks [T, Hk, n] of every layer in every call from here on; None ends that."""
 

@@ -136,6 +136,9 @@ class _Run:
         self.model.recompute_activations(trainer.computed_again)
         if trainer.compile:
             self.model.compile_attention()
+        if trainer.force_balance:
+            runtime.log.warning("trainer.force_balance: routing is not learned; for measurements of speed only")
+            self.model.force_balance()
         self.parameters = count_parameters(self.model)
         sections = {name: to_tree(config)[name] for name in ("model", "attention", "moe", "optim")}
         self.identity = checkpoint.identity_of(self.model, sections)

@@ -138,3 +138,14 @@ def test_the_bias_is_no_parameter():
     assert [name for name, _ in made.named_parameters()] == ["weight"]
     assert "bias" in made.state_dict()
     assert made.bias.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+def test_a_forced_router_gives_every_expert_as_many_tokens_whatever_its_scores(kind):
+    made = router(router=kind)
+    made.bias[2] = 10.0
+    made.forced = True
+    routing = made(tokens(), CU_SEQLENS)
+    assert all(len(set(row)) == K for row in routing.experts.tolist())
+    assert routing.load.max() - routing.load.min() <= 1
+    assert routing.weights.detach().sum(-1).tolist() == pytest.approx([1.0] * T)

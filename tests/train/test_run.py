@@ -275,3 +275,12 @@ def test_arms_of_one_seed_start_from_the_same_common_weights_and_differ_in_the_n
     assert full.items() < nsa.items()
     full = yaml.safe_load((tmp_path / "full" / "config.yaml").read_text())["attention"]
     assert {key for key in full if full[key] != to_tree(config)["attention"][key]} == {"branches", "gate"}
+
+
+def test_forced_balance_is_said_and_gives_every_expert_as_many_tokens(train, tmp_path):
+    job = train("trainer.force_balance=true", "trainer.steps=2", "trainer.log_every=1")
+    assert job.wait() == 0, job.text
+    assert job.text.count("routing is not learned") == 1
+    peaks = [peak for row in rows(tmp_path / "run") if row["split"] == "train" for peak in row["load_peak"]]
+    assert peaks
+    assert max(peaks) < 1.02
