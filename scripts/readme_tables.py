@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAPER_WIDTHS = (192, 128)
 RUN_KEYS = ("trainer.", "data.")  # of overrides that change the run, not the model
-GRAPHS = "trainer.cuda_graphs=true"  # is named all the same
+NAMED = ("trainer.cuda_graphs=true", "trainer.force_balance=true")  # all the same
 
 
 def first_run() -> str:
@@ -102,7 +102,7 @@ def training() -> str:
         for row in result["rows"]:
             again = ", ".join(parts_recomputed(row)) or "no"
             planned = need(load_config(settings_of(row)), row["gpus"]).total / GIB
-            named = [word for word in row["overrides"] if word == GRAPHS or not word.startswith(RUN_KEYS)]
+            named = [word for word in row["overrides"] if word in NAMED or not word.startswith(RUN_KEYS)]
             words = [row["preset"], *named]
             model = " ".join(f"`{word}`" for word in words)
             start = (
