@@ -104,12 +104,12 @@ def _data(words: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    """measure this machine: `bench attention`, `moe`, `training`, `memory` or `data`, with --help for their options"""
-    from nsa_train.bench import attention, data, memory, moe, training
+    """measure this machine: `bench attention`, `layers`, `moe`, `training`, `memory` or `data`, with --help each"""
+    from nsa_train.bench import attention, data, layers, memory, moe, training
 
     benchmarks = {
-        "attention": attention.main, "moe": moe.main, "training": training.main, "memory": memory.main,
-        "data": data.main,
+        "attention": attention.main, "layers": layers.main, "moe": moe.main, "training": training.main,
+        "memory": memory.main, "data": data.main,
     }  # fmt: skip
     if not arguments or arguments[0] not in benchmarks:
         raise NsaTrainError(f"bench: name one of {', '.join(benchmarks)}, like `nsa-train bench attention --help`")

@@ -119,6 +119,23 @@ def training() -> str:
     return "\n".join(lines)
 
 
+def layers() -> str:
+    """Milliseconds of a forward and backward pass of the small parts of a layer."""
+    lines = [
+        "| GPU | preset | T | part | implementation | ms | peak GiB | relative error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(RESULTS.glob("layers_*.json")):
+        result = json.loads(path.read_text())
+        for row in result["rows"]:
+            start = f"| {result['device']['name']} | `{row['preset']}` | {row['T'] // 1024}k | {row['part']} | {row['impl']} | "
+            if "error" in row:
+                lines.append(f"{start}failed | | |")
+                continue
+            lines.append(f"{start}{row['ms']:.3f} | {row['peak_gib']:.2f} | {row['rel_err']:.1e} |")
+    return "\n".join(lines)
+
+
 def moe() -> str:
     """Milliseconds of a forward and backward pass of the MoE layers."""
     lines = ["| GPU | layer | load of the experts | ms | peak GiB | relative error |", "|---|---|---|---|---|---|"]
@@ -136,7 +153,7 @@ def moe() -> str:
 PAGES = {
     "README.md": {"first_run": first_run, "attention": attention},
     "docs/kernels.md": {"trained": partial(attention, trained=True)},
-    "docs/performance.md": {"memory": memory_plan, "training": training, "moe": moe},
+    "docs/performance.md": {"memory": memory_plan, "training": training, "layers": layers, "moe": moe},
 }
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nsa_train import runtime
 from nsa_train.bench import results
-from nsa_train.bench.timing import Timed, relative_error, take_turns
+from nsa_train.bench.timing import Timed, peak_gib, relative_error, take_turns
 from nsa_train.config.schema import MoEConfig
 from nsa_train.errors import NsaTrainError
 from nsa_train.model.router import Router
@@ -128,14 +128,6 @@ def one_pass(layer: Layer, parameters: list[nn.Parameter], x: Tensor, grad: Tens
     x = x.detach().requires_grad_()
     out = layer(x)
     return [out, torch.autograd.grad(out, [x, *parameters], grad)[0]]
-
-
-def peak_gib(work: Callable[[], Any]) -> float:
-    torch.cuda.synchronize()
-    held = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    return (torch.cuda.max_memory_allocated() - held) / 2**30
 
 
 def rows_of(case: Case, head: dict[str, Any], seconds: float) -> list[dict[str, Any]]:

@@ -19,6 +19,15 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
+def peak_gib(work: Timed) -> float:
+    """Memory that it takes beside what is held before it, at its most."""
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return (torch.cuda.max_memory_allocated() - held) / 2**30
+
+
 def take_turns(timed: dict[Any, Timed], seconds: float, max_turns: int) -> dict[Any, list[float]]:
     """Milliseconds of each function, all taking turns until `seconds` are over (at least 3 turns)."""
     found: dict[Any, list[float]] = {key: [] for key in timed}
