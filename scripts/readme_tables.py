@@ -128,7 +128,8 @@ def layers() -> str:
     for path in sorted(RESULTS.glob("layers_*.json")):
         result = json.loads(path.read_text())
         for row in result["rows"]:
-            start = f"| {result['device']['name']} | `{row['preset']}` | {row['T'] // 1024}k | {row['part']} | {row['impl']} | "
+            place = f"{result['device']['name']} | `{row['preset']}` | {row['T'] // 1024}k"
+            start = f"| {place} | {row['part']} | {row['impl']} | "
             if "error" in row:
                 lines.append(f"{start}failed | | |")
                 continue

@@ -1,4 +1,4 @@
-"""`nsa-train bench layers`: our kernels of a layer's small parts beside PyTorch's operations, compiled ones and Liger's.
+"""`nsa-train bench layers`: our kernels of a layer's small parts beside PyTorch's operations, compiled, and Liger's.
 
 Forward and backward pass in the sizes of a preset: `norm` is the residual's addition and the RMSNorm behind it, `rope`
 turns all query heads, `swiglu` the shared experts' hidden values, `loss` is the linear head with its cross-entropy.
