@@ -126,6 +126,7 @@ class _Run:
         self.wandb_id: str | None = None
         self.started, self.earlier = time.perf_counter(), 0.0
         self.bad_steps, self.spikes = BadSteps(trainer.max_bad_steps), Spikes(trainer, device)
+        self.load = torch.zeros(len(self.model.routers()), config.moe.experts, device=device)  # since the last log step
 
     def _build(self) -> None:
         """Model with keyed initial values, or zeros until `resume` fills it, optimizer, engine."""
@@ -274,6 +275,7 @@ class _Run:
         trainer, step = self.config.trainer, row["step"]
         stop, load, seconds, bad = row.pop("stop"), row.pop("load"), row.pop("seconds"), row["skipped"]
         self.clock.steps += 1
+        self.load += load
         last = step == trainer.steps
         if step % trainer.log_every == 0 or last or bad or row["spike"] or stop:
             self._log(row, load)
@@ -322,8 +324,9 @@ class _Run:
         self.progress.last_speed = tokens / self.clock.elapsed()
         row |= {
             "tokens_per_s": self.progress.last_speed, "data_wait_ms": 1e3 * self.clock.waited / self.clock.steps,
-            "mem_gib": runtime.peak_memory_gib(),
+            "mem_gib": runtime.peak_memory_gib(), "dead_experts": (self.load == 0).sum(1).tolist(),
         }  # fmt: skip
+        self.load.zero_()
         if row["skipped"]:
             row["by_source"] = {}
         else:

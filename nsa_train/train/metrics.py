@@ -69,7 +69,10 @@ class Metrics:
         self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def train(self, row: dict[str, Any], loads: list[list[float]]) -> None:
-        """A log step; loads [MoE layers, E] are tokens per expert."""
+        """A log step; loads [MoE layers, E] are tokens per expert, in the step.
+
+        The row's `dead_experts`, like `load_peak`, has one number for each MoE layer; W&B's layers are the model's.
+        """
         peaks = [max(load) * len(load) / max(sum(load), 1.0) for load in loads]  # of the step, in mean loads
         self._write({**row, "split": "train", "load_peak": peaks})
         loss = "non-finite" if row["loss"] is None else f"{row['loss']:.4f}"
@@ -81,13 +84,16 @@ class Metrics:
         if self._wandb:
             import wandb
 
-            shown = {k: v for k, v in row.items() if k not in ("step", "tokens", "by_source") and v is not None}
+            apart = ("step", "tokens", "by_source", "dead_experts")
+            shown = {k: v for k, v in row.items() if k not in apart and v is not None}
             by_source = {f"train_by_source/{source}": loss for source, loss in row["by_source"].items()}
-            shares = {
-                f"experts/layer_{i}": wandb.Histogram(np_histogram=(load, list(range(len(load) + 1))))
-                for i, load in enumerate(loads)
-            }
-            self._log(row, {f"train/{k}": v for k, v in shown.items()} | by_source | shares)
+            experts: dict[str, Any] = {}
+            for i, (load, peak, dead) in enumerate(
+                zip(loads, peaks, row["dead_experts"], strict=True), start=self.config.model.dense_layers
+            ):
+                experts[f"experts/layer_{i}"] = wandb.Histogram(np_histogram=(load, list(range(len(load) + 1))))
+                experts |= {f"experts/layer_{i}_peak": peak, f"experts/layer_{i}_dead": dead}
+            self._log(row, {f"train/{k}": v for k, v in shown.items()} | by_source | experts)
 
     def validation(self, row: dict[str, Any]) -> None:
         self._write({**row, "split": "val"})

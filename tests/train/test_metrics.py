@@ -24,6 +24,7 @@ def row(step, loss=1.0):
         "spike": False,
         "tokens_per_s": 1.0,
         "mem_gib": 0,
+        "dead_experts": [],
     }
 
 
@@ -71,7 +72,7 @@ def test_a_failing_wandb_costs_the_run_nothing(tmp_path, monkeypatch, caplog):
         raise wandb.errors.CommError("no route to the server")
 
     monkeypatch.setattr(wandb, "init", fail)
-    open_metrics(tmp_path, step=0, mode="online").train(row(1), [[1.0, 2.0]])
+    open_metrics(tmp_path, step=0, mode="online").train(row(1) | {"dead_experts": [0]}, [[1.0, 2.0]])
     assert "W&B is off from here on" in caplog.text
     assert "no route to the server" in caplog.text
     assert [found["step"] for found in read_metrics(tmp_path / METRICS)] == [1]
@@ -90,7 +91,7 @@ def test_a_wandb_that_fails_later_costs_the_run_nothing(failing, tmp_path, monke
     monkeypatch.setattr(wandb, "init", lambda **arguments: run)
     metrics = open_metrics(tmp_path, step=0, mode="offline")
     for step in (1, 2):
-        metrics.train(row(step), [[1.0, 2.0]])
+        metrics.train(row(step) | {"dead_experts": [0]}, [[1.0, 2.0]])
     metrics.close({"exit_code": 0})
     assert caplog.text.count("its process is gone") == 1
     assert [found["step"] for found in read_metrics(tmp_path / METRICS)] == [1, 2]
@@ -105,3 +106,17 @@ def test_wandb_is_told_name_group_tags_configuration_and_where_to_go_on(tmp_path
     assert (told["name"], told["group"], told["tags"]) == ("mine", "r1", ["full", "a"])
     assert (told["id"], told["resume"], told["mode"]) == ("abc", "allow", "offline")
     assert (told["config"]["commit"], told["config"]["model"]["width"]) == ("c0ffee", 384)
+
+
+def test_wandb_gets_the_load_of_experts_by_the_layer_of_the_model(tmp_path, monkeypatch):
+    told = {}
+    run = SimpleNamespace(define_metric=lambda *args, **kwargs: None, log=lambda values, step: told.update(values))
+    monkeypatch.setattr(wandb, "init", lambda **arguments: run)
+    config = load_config(["logging.wandb=offline", f"runs_dir={tmp_path}", "model.layers=4", "model.dense_layers=2"])
+    metrics = Metrics(config, tmp_path, 0, MANIFEST)
+    metrics.train(row(1) | {"dead_experts": [0, 1]}, [[2.0, 3.0, 1.0], [0.0, 9.0, 0.0]])
+    experts = {key.removeprefix("experts/"): told[key] for key in told if key.startswith("experts/")}
+    assert experts.pop("layer_2").histogram == [2.0, 3.0, 1.0]
+    assert experts.pop("layer_3").histogram == [0.0, 9.0, 0.0]
+    assert experts == {"layer_2_peak": 1.5, "layer_2_dead": 0, "layer_3_peak": 3.0, "layer_3_dead": 1}
+    assert "train/dead_experts" not in told

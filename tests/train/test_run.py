@@ -206,6 +206,7 @@ def test_every_line_of_the_metrics_has_the_promised_keys(run, config):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     train = {
         "step", "tokens", "split", "loss", "lr", "grad_norm", "tokens_per_s", "data_wait_ms", "mem_gib", "load_peak",
+        "dead_experts",
     }  # fmt: skip
     by_split = {split: [line for line in lines if line["split"] == split] for split in ("train", "val")}
     assert all(train <= set(line) for line in by_split["train"])
@@ -246,8 +247,9 @@ def test_the_folder_says_what_was_run(run, config, prepared):
 
 
 WANDB_KEYS = (
-    "train/loss", "val/loss", "val_by_position/0-96", "val_by_source/odd", "gates/layer_0_cmp", "experts/layer_0",
-    "selection/layer_1_", "common/layer_1", "trainer/step", "tokens", "corpus_hash",
+    "train/loss", "val/loss", "val_by_position/0-96", "val_by_source/odd", "gates/layer_0_cmp", "experts/layer_1",
+    "experts/layer_1_peak", "experts/layer_1_dead", "selection/layer_1_", "common/layer_1", "trainer/step", "tokens",
+    "corpus_hash",
 )  # fmt: skip
 
 
@@ -258,6 +260,17 @@ def test_wandb_gets_the_metrics_offline_and_the_same_run_goes_on_after_the_inter
     assert all(folder.name.endswith(f"-{run_id}") for folder in folders)
     records = [(folder / f"run-{run_id}.wandb").read_bytes() for folder in folders]
     assert [key for key in WANDB_KEYS for record in records if key.encode() not in record] == []
+    assert b"experts/layer_0" not in b"".join(records)  # its MLP is dense
+
+
+def test_an_expert_is_dead_that_had_no_token_since_the_last_log_step(train, tmp_path):
+    def dead(every):
+        job = train("moe.experts=256", "trainer.steps=3", f"trainer.log_every={every}", f"name=every_{every}")
+        assert job.wait() == 0, job.text
+        return [row["dead_experts"][0] for row in rows(tmp_path / f"every_{every}") if row["split"] == "train"]
+
+    (together,), apart = dead(3), dead(1)
+    assert 0 <= together < min(apart)
 
 
 def test_arms_of_one_seed_start_from_the_same_common_weights_and_differ_in_the_named_keys(train, run, config, tmp_path):
