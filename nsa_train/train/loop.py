@@ -45,7 +45,7 @@ from nsa_train.train.initial import common_hash, locate, origin_of, start_weight
 from nsa_train.train.metrics import Clock, Metrics, plot_losses
 from nsa_train.train.optim import build_optimizer, lr_at
 from nsa_train.train.profile import StepProfiler
-from nsa_train.train.watchdog import Watchdog
+from nsa_train.train.watchdog import START, Watchdog, start_limit_s
 
 
 def train(config: schema.Config, signals: StopSignals) -> int:
@@ -73,9 +73,13 @@ def train(config: schema.Config, signals: StopSignals) -> int:
 
 
 def _run(config: schema.Config, folder: RunFolder, device: torch.device, signals: StopSignals) -> None:
+    parallel = config.parallel
+    limit_s = start_limit_s(parallel.hang_s, parallel.timeout_s)
     try:
-        run = _Run(config, folder, device, signals)
-        run.resume()
+        corpus = Path(on_rank_zero(lambda: str(prepare(config.data, config.model.vocab, runtime.log.info))))
+        with Watchdog(folder.path, limit_s, runtime.rank(), FIRST_FAILURE, START) as watchdog:
+            run = _Run(config, folder, corpus, device, signals, watchdog)
+            run.resume()
     except BaseException as error:
         failure = failure_of(error, folder.path)
         before = {"steps": 0, **folder.read_json("summary.json")}  # what an earlier launch reached holds
@@ -110,16 +114,20 @@ class Progress:
 
 
 class _Run:
-    def __init__(self, config: schema.Config, folder: RunFolder, device: torch.device, signals: StopSignals) -> None:
-        self.config, self.folder, self.device, self.signals = config, folder, device, signals
+    def __init__(
+        self, config: schema.Config, folder: RunFolder, corpus: Path, device: torch.device, signals: StopSignals,
+        watchdog: Watchdog,
+    ) -> None:  # fmt: skip
+        self.config, self.folder, self.corpus, self.device, self.signals = config, folder, corpus, device, signals
+        self.watchdog = watchdog
         self.world = runtime.world_size()
         self.stages = stages_of(config)
         runtime.seed_everything(config.seed)
-        self.corpus = Path(on_rank_zero(lambda: str(prepare(config.data, config.model.vocab, runtime.log.info))))
         stores = {split: TokenStore.open(self.corpus, split) for split in ("train", "heldout")}
         self.facts = stores["train"].manifest
         trainer = config.trainer
         self.loaders = {split: Loader(store, self.stages, config.data, config.seed) for split, store in stores.items()}
+        self.watchdog.beat()
         self._build()
         self.clock = Clock()
         self.metrics: Metrics | None = None
@@ -145,6 +153,7 @@ class _Run:
         self.identity = checkpoint.identity_of(self.model, sections)
         self.checkpoints = self.folder.path / "checkpoints"
         self.found = on_rank_zero(lambda: checkpoint.find_newest_good(self.checkpoints, self.identity))
+        self.watchdog.beat()
         place = None
         if config.init_from and not self.found:
             place = on_rank_zero(lambda: locate(Path(str(config.init_from))))
@@ -163,15 +172,18 @@ class _Run:
                 self.model.head.set_prior(torch.from_numpy(counts))
             hashes, self.taken = start_weights(self.model, config.seed, place, dtype, self.settings)
             self.progress = Progress(initial_weights=hashes, origin=origin_of(place) if place else None)
+        self.watchdog.beat()
         self.engine = Engine(self.model, build_optimizer(self.model, config.optim), self.settings)
 
     # The run ----------------------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
         """Go on from the newest good checkpoint, if there is one, and open the metrics."""
+        self.watchdog.beat()
         if self.found:
             state = self.found.manifest["state"]
             checkpoint.restore(self.found, self.engine)
+            self.watchdog.beat()
             self.loaders["train"].check_state(state["loader"])
             self.progress = Progress(**state["progress"])
             self.spikes.load_state(state["spikes"])
@@ -184,15 +196,14 @@ class _Run:
     def go(self) -> None:
         """Train, and leave a summary however it ends."""
         self.signals.training = True
-        self.watchdog = Watchdog(self.folder.path, self.config.parallel.hang_s, runtime.rank(), FIRST_FAILURE)
-        try:
-            self._train()
-        except BaseException as error:
-            failure = failure_of(error, self.folder.path)
-            on_main(lambda: self._summarise(**ending_of(failure)))
-            raise failure from failure.__cause__
-        finally:
-            self.watchdog.stop()
+        hang_s = self.config.parallel.hang_s
+        with Watchdog(self.folder.path, hang_s, runtime.rank(), FIRST_FAILURE) as self.watchdog:
+            try:
+                self._train()
+            except BaseException as error:
+                failure = failure_of(error, self.folder.path)
+                on_main(lambda: self._summarise(**ending_of(failure)))
+                raise failure from failure.__cause__
         on_main(lambda: self._summarise("done", 0))
 
     def _train(self) -> None:

@@ -1,9 +1,10 @@
 """A process beside each rank that ends it when nothing happens any more, after writing where every thread stands.
 
 It is a process because a rank that is stopped, or that hangs while it holds Python's lock, runs no thread of its own.
-The rank sends a byte when a step, a validation or a checkpoint has ended. After `hang_s` seconds without one its stacks
-go to `stacks_rank_<r>.txt` and the rank ends with 19. All ranks end their steps together, so a hung one stops all of
-them, and each watchdog writes its own rank's stacks: the rank that hangs is the one that waits for no other.
+The rank sends a byte when a step, a validation or a checkpoint has ended, and before the first step when a part of the
+start has. Once none came for too long its stacks go to `stacks_rank_<r>.txt` and the rank ends with 19. All ranks end
+their steps together, so a hung one stops all of them, and each watchdog writes its own rank's stacks: the rank that
+hangs is the one that waits for no other.
 
 It also ends a rank that waits for one that has failed, which NCCL would do for ever.
 Run as a script it is the watching side, which imports nothing but the standard library.
@@ -30,27 +31,42 @@ POLL_S = 0.5
 STACKS_S = 2.0  # for stacks to arrive, and for the other ranks' watchdogs to see the same hang
 OBEY_S = 5.0  # for a rank to end by itself
 FAILED_FIRST_S = 5.0  # until a rank has noticed that another one failed; later it never will
+BEFORE_COLLECTIVES_S = 30.0  # that give up after `timeout_s`: ranks that wait in one would end without stacks
+STEPS = "no step, validation or checkpoint ended in {:g} s (parallel.hang_s)"
+START = f"no part of the start ended in {{:g}} s (parallel.timeout_s less {BEFORE_COLLECTIVES_S:g}, or parallel.hang_s)"
+
+
+def start_limit_s(hang_s: float, timeout_s: float) -> float:
+    """Seconds that a part of the start may take, loading a large checkpoint among them."""
+    return max(hang_s, timeout_s - BEFORE_COLLECTIVES_S)
 
 
 class Watchdog:
-    """The rank's side."""
+    """The rank's side. A context manager."""
 
-    def __init__(self, run_dir: Path, hang_s: float, rank: int, first_failure: str) -> None:
+    def __init__(self, run_dir: Path, limit_s: float, rank: int, first_failure: str, late: str = STEPS) -> None:
         command = [
             sys.executable,
             "-I",
             __file__,
             str(os.getpid()),
-            str(hang_s),
+            str(limit_s),
             str(run_dir),
             str(rank),
             first_failure,
+            late,
         ]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         assert self._process.stdin
         self._pipe = self._process.stdin
         faulthandler.register(signal.SIGUSR2, file=self._pipe, all_threads=True)
         threading.Thread(target=self._obey, daemon=True).start()
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
 
     def beat(self) -> None:
         """Something has ended."""
@@ -74,8 +90,9 @@ class Watchdog:
 class _Watched:
     """The watching side."""
 
-    def __init__(self, pid: int, hang_s: float, run_dir: Path, rank: int, first_failure: Path) -> None:
-        self.pid, self.hang_s, self.run_dir, self.rank, self.first_failure = pid, hang_s, run_dir, rank, first_failure
+    def __init__(self, pid: int, limit_s: float, run_dir: Path, rank: int, first_failure: Path, late: str) -> None:
+        self.pid, self.limit_s, self.run_dir, self.rank, self.first_failure = pid, limit_s, run_dir, rank, first_failure
+        self.late = late
 
     @property
     def alive(self) -> bool:
@@ -91,7 +108,7 @@ class _Watched:
                 if not found or found.endswith(END):
                     return
                 beat = now
-            elif now - beat > self.hang_s:
+            elif now - beat > self.limit_s:
                 return self.end_hang()
             elif self.first_failure.exists():
                 failed = failed or now
@@ -103,9 +120,7 @@ class _Watched:
         stacks = self.stacks()
         with contextlib.suppress(OSError):  # a full disk must not keep a hung rank alive
             place.write_bytes(stacks)
-        self.end(
-            HANG, f"no step, validation or checkpoint ended in {self.hang_s:g} s (parallel.hang_s); stacks: {place}"
-        )
+        self.end(HANG, f"{self.late.format(self.limit_s)}; stacks: {place}")
 
     def end_as_the_first(self) -> None:
         first = json.loads(self.first_failure.read_text())
@@ -149,5 +164,5 @@ class _Watched:
 
 
 if __name__ == "__main__":
-    pid, hang_s, run_dir, rank, first_failure = sys.argv[1:]
-    _Watched(int(pid), float(hang_s), Path(run_dir), int(rank), Path(run_dir) / first_failure).watch()
+    pid, limit_s, run_dir, rank, first_failure, late = sys.argv[1:]
+    _Watched(int(pid), float(limit_s), Path(run_dir), int(rank), Path(run_dir) / first_failure, late).watch()

@@ -58,6 +58,19 @@ def fail():
     raise RuntimeError("planted")
 
 
+def hang_in_the_probe():
+    from nsa_train.train import loop
+
+    loop.probe_engine = lambda *arguments: sleep_for_ever()
+
+
+def prepare_slowly():
+    from nsa_train.train import loop
+
+    prepare = loop.prepare
+    loop.prepare = lambda *arguments: (time.sleep(8), prepare(*arguments))[1]
+
+
 def wait_for_a_failed_rank(run):
     (run / ".failure.json").write_text('{"rank": 3, "exit_code": 20, "message": "its disk is full"}')
     sleep_for_ever()
@@ -77,6 +90,22 @@ def test_a_hung_rank_is_found_stacks_are_written_and_the_job_ends_with_19(how, c
     assert how.__name__ not in waiting
     assert "_train" in waiting
     assert f"checkpoint ended in 4 s (parallel.hang_s); stacks: {run / 'stacks_rank_1.txt'}" in jobs[1].text
+
+
+def test_a_rank_that_hangs_before_the_first_step_is_found_too(train_ranks, tmp_path):
+    started = time.monotonic()
+    jobs = train_ranks(2, HANG, "parallel.timeout_s=40", before=partial(on_rank, 1, hang_in_the_probe))
+    assert [job.wait() for job in jobs] == [19, 19]
+    assert time.monotonic() - started < 40  # the collective of the rank that waits has not given up
+    run = tmp_path / "run"
+    assert (summary(run)["status"], summary(run)["steps"], summary(run)["exit_code"]) == ("failed", 0, 19)
+    assert "sleep_for_ever" in (run / "stacks_rank_1.txt").read_text()
+    assert "probe_engine" in (run / "stacks_rank_0.txt").read_text()
+    assert "no part of the start ended in 10 s (parallel.timeout_s less 30, or parallel.hang_s)" in jobs[1].text
+
+
+def test_the_preparation_of_the_corpus_may_take_longer_than_any_other_part_of_the_start(train):
+    assert train("trainer.steps=1", HANG, "parallel.timeout_s=31", before=prepare_slowly).wait() == 0
 
 
 def test_one_process_that_hangs_ends_with_19_too(train, tmp_path):
