@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -13,7 +14,13 @@ from torch import Tensor
 
 from nsa_train.config import schema
 from nsa_train.data.tokenizer import Tokenizer
-from nsa_train.errors import StorageError
+from nsa_train.errors import NsaTrainError, StorageError
+
+if TYPE_CHECKING:
+    from nsa_train.model.pretrained import NSATrainForCausalLM
+
+ROW_TOKENS = 128  # of the row whose logits are compared: several compressed keys at the paper's sizes
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative RMS: sums depend on where a tensor lies in memory
 
 
 def export_model(
@@ -22,7 +29,8 @@ def export_model(
     """Write `target` as a whole; it opens with `AutoModelForCausalLM.from_pretrained` after importing
     `nsa_train.model.pretrained`, with the weights' dtype of the run.
 
-    weights: those of the Transformer by name; rope_factor: of the last stage."""
+    weights: those of the Transformer by name; rope_factor: of the last stage.
+    It has its name only after it was opened and compared with `weights` (`_check`); else NsaTrainError."""
     from transformers.utils import logging as transformers_logging
 
     from nsa_train.model.pretrained import NSATrainConfig, NSATrainForCausalLM
@@ -43,10 +51,56 @@ def export_model(
         wrapped.save_pretrained(aside)
         for file in tokenizer.parent.glob("tokenizer*"):
             shutil.copy2(file, aside)
+        _check(aside, wrapped, target)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(aside, target)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise StorageError(
             f"{target}: cannot be written ({error}); free some space and run again: the last checkpoint is whole"
         ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@torch.no_grad()
+def _check(aside: Path, written: NSATrainForCausalLM, target: Path) -> None:
+    """Open the folder as anybody would and compare it with the model that was written, or raise NsaTrainError.
+
+    Names, dtypes and bits of all tensors; then the logits of one row, up to TOLERANCE, in which configuration and code
+    of the opened model have a part. Both models are in rank 0's host memory and run there, with the reference of NSA:
+    a GPU may have no room for a second model, and its kernels round otherwise. So it costs the weights once more in
+    host memory. That `Engine.whole_weights` gathers what the GPUs hold is not looked at again here.
+    """
+    from transformers import AutoModelForCausalLM
+
+    opened = AutoModelForCausalLM.from_pretrained(aside)
+    want, got = written.state_dict(), opened.state_dict()
+    differing = want.keys() ^ got.keys()
+    differing |= {name for name in want.keys() & got.keys() if not _same(want[name], got[name])}
+    if differing:
+        raise NsaTrainError(
+            f"{target}: opened again, {len(differing)} of its tensors are not those that were written; look at the "
+            "disk and run again, the last checkpoint is whole:\n  " + "\n  ".join(sorted(differing))
+        )
+    config, limit = written.config, TOLERANCE[written.transformer.embed.weight.dtype]
+    size = 1, min(ROW_TOKENS, config.max_position_embeddings)
+    row = torch.randint(config.vocab_size, size, generator=torch.Generator().manual_seed(0))
+    ours, theirs = _logits(written, row), _logits(opened, row)
+    error = float((theirs - ours).square().mean().sqrt() / ours.square().mean().sqrt())
+    if not error <= limit:
+        raise NsaTrainError(
+            f"{target}: opened again, the logits of a row of {size[1]} tokens are off by {error:.1e} of their RMS (at "
+            f"most {limit:g}) with equal tensors, so it is another model than was trained. Install the transformers "
+            "that constraints.txt names and run again; the last checkpoint is whole"
+        )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _logits(model: NSATrainForCausalLM, row: Tensor) -> Tensor:
+    """[1, S] -> [1, S, V] in fp32, on a CPU whatever the run's `attention.backend` is."""
+    for layer in model.transformer.layers:
+        layer.attention.config = dataclasses.replace(layer.attention.config, backend="reference")
+    return model.eval()(row).logits.float()

@@ -219,6 +219,7 @@ class _Run:
         self.watchdog.beat()
         if self.config.trainer.export:
             weights = self.engine.whole_weights()
+            self.watchdog.beat()
             tokenizer, target = self.corpus / self.facts["tokenizer"], self.folder.path / "export"
             on_main(lambda: export_model(weights, self.model.rope_factor, self.config, tokenizer, target))
 
