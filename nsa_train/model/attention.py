@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from nsa_train.config.schema import AttentionConfig, ModelConfig
 from nsa_train.model.branches import PHI, KeyValue, kv_name, spec_of
@@ -132,10 +133,15 @@ class Attention(nn.Module):
             if branch == "win" and chosen_backend(self.config.backend, q) == "triton":
                 o = window_attention(q, k, v, self.spec, packing.cu_seqlens)
             else:
-                window = self.config.window if branch == "win" else None
-                o = dense_attention(q, k, v, packing.lengths, window=window)
+                o = self._dense(branch, q, k, v, packing)
             o = o if gates is None else o * gates
         return self.o(o.flatten(1))
+
+    @torch.compiler.disable  # as `dense_attention`, so that the name is not around a break of the graph
+    def _dense(self, branch: str, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+        window = self.config.window if branch == "win" else None
+        with record_function(f"attention, {branch}"):  # a part of a profile, beside projections and positions
+            return dense_attention(q, k, v, packing.lengths, window=window)
 
     def _sparse(self, q: Tensor, raw: dict[str, KV], gates: Tensor, layout: Layout, probe: Probe | None) -> Tensor:
         (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win) = (

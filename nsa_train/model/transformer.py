@@ -35,7 +35,7 @@ class Output(NamedTuple):
 class Layer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); the MLP is dense or a mixture of experts.
 
-    The names under which a profile counts the time stand here, in `Transformer` and in the engine.
+    The names under which a profile counts the time stand here, in `Attention`, `Transformer` and the engine.
     """
 
     def __init__(self, model: ModelConfig, attention: AttentionConfig, moe: MoEConfig, dense: bool) -> None:

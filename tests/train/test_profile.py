@@ -1,16 +1,39 @@
 """A profile says where the time of a step goes, and changes nothing."""
 
+import ast
 import gzip
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import launch
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from nsa_train.train.profile import DATA, OTHER, PARTS, with_parts
+from nsa_train import ops
+from nsa_train.config.load import load_config
+from nsa_train.model.transformer import Transformer
+from nsa_train.packing import Packing
+from nsa_train.train.profile import DATA, KERNELS, OTHER, PARTS, time_by_part, with_parts
+
+OF_FILE = {  # of ops, by the first word of its name
+    "compressed": "attention, cmp", "select": "attention, selection", "selected": "attention, slc",
+    "window": "attention, win", "combine": "attention, gates",
+}  # fmt: skip
+
+
+def launched_kernels(path):
+    """Names of the jit functions of a file that it launches, `kernel[grid](...)`: those that a profile shows."""
+    tree = ast.parse(path.read_text())
+    compiled = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and any(ast.unparse(one).endswith(".jit") for one in node.decorator_list)
+    }
+    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return compiled & {ast.unparse(call.value) for call in calls if isinstance(call, ast.Subscript)}
 
 
 def test_backward_counts_for_the_part_of_its_forward_also_when_that_is_recomputed():
@@ -29,6 +52,31 @@ def test_backward_counts_for_the_part_of_its_forward_also_when_that_is_recompute
     assert [part for name, part in parts if name == "aten::mm"] == ["experts"] * 3  # forward, again, backward
     assert [part for name, part in parts if name == "aten::mul"] == ["norms"] * 2
     assert {part for name, part in parts if name == "aten::sum"} == {OTHER}
+
+
+def test_every_kernel_counts_for_the_branch_in_whose_file_it_stands():
+    found = {(path.stem, kernel) for path in Path(ops.__path__[0]).glob("*.py") for kernel in launched_kernels(path)}
+    for stem, kernel in found:
+        parts = [part for start, part in KERNELS.items() if kernel.startswith(start)]
+        wanted = OF_FILE.get(stem.split("_")[0])
+        assert parts == ([wanted] if wanted else []), (stem, kernel)
+    unused = [start for start in KERNELS if not any(kernel.startswith(start) for _, kernel in found)]
+    assert unused == ["nccl"]
+
+
+@pytest.mark.parametrize(("arm", "part"), [("full", "attention, full"), ("window", "attention, win")])
+def test_dense_attention_is_a_part_of_its_own_forward_and_backward(arm, part):
+    config = load_config([*launch.SMALL, f"attention={arm}"])
+    model, packing = Transformer(config.model, config.attention, config.moe), Packing.from_lengths([60, 36])
+    model.start(0)
+    tokens = torch.arange(96)
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        model(tokens, tokens, packing, 96).token_losses.sum().backward()
+    parts = [(event.name, of) for event, of in with_parts(found.events())]
+    passes = {name.endswith("_backward"): of for name, of in parts if "scaled_dot_product" in name}
+    assert passes == {False: part, True: part}
+    assert [of for name, of in parts if name == "aten::mm"].count("attention") == 3 * 3 * config.model.layers
+    assert {"attention", part} < time_by_part(found.events(), on_gpu=False).keys()
 
 
 @pytest.mark.process
