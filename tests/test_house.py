@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from nsa_train.cli import main
+from nsa_train.cli import EXIT_CODES, main
 from nsa_train.config.load import load_config
 from nsa_train.plan.report import plan
 
@@ -42,6 +42,12 @@ def test_readme_names_the_two_commands_on_its_first_screen():
     first = "\n".join(README.splitlines()[:40])
     assert "make train" in first
     assert "make test" in first
+
+
+def test_readme_lists_the_exit_codes_that_help_lists():
+    listed = re.search(r"\*\*Exit codes\*\* of `python -m nsa_train`: ([^.]*)\.", README)[1]
+    codes = {int(code) for code in re.findall(r"(?:^|\s)(\d+) ", EXIT_CODES.rpartition("torchrun")[0])}
+    assert {int(code) for code in re.findall(r"\d+", listed)} == codes >= {0, 1, 19, 75}
 
 
 COMMANDS_OF_README = [words for words in commands_in(README) if own_command(words)]
