@@ -47,8 +47,22 @@ def room(gpu: Gpu) -> float:
 
 def largest_part(found: Memory) -> tuple[str, float]:
     """Name and bytes."""
-    parts = [*found.states.items(), *found.kept.items(), max(found.passing.items(), key=lambda item: item[1])]
-    return max(parts, key=lambda item: item[1])
+    return max(found.counted.items(), key=lambda item: item[1])
+
+
+def verdict(config: Config, kind: str, ranks: int) -> str:
+    """Whether it fits; if not, what is largest, and the first change that fits."""
+    gpu, found = GPUS[kind], need(config, ranks)
+    free = f"{gpu.memory_gib:g} GiB less {CONTEXT_GIB} for CUDA"
+    if found.total <= room(gpu):
+        return f"fits {ranks} x {kind} ({free})"
+    part, size = largest_part(found)
+    change = first_that_fits(config, ranks, kind)
+    way = "no key makes it fit: shorter rows or a smaller model"
+    if change:
+        way = f"{' '.join(change.words)} fits, with {need(change.config, change.ranks).total / GIB:,.1f} GiB"
+    over = (found.total - room(gpu)) / GIB
+    return f"{ranks} x {kind} ({free}) too small by {over:,.1f} GiB; largest: {part}, {size / GIB:,.1f} GiB. {way}"
 
 
 def first_that_fits(config: Config, ranks: int, kind: str) -> Run | None:

@@ -1,4 +1,7 @@
-"""What was planned beside what is measured, said once a launch of a training run."""
+"""What a launch of a training run says of its plan: at its start where memory is too small, later what is measured.
+
+Of GPUs of a known kind; the plan has no numbers of others.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,37 @@ import statistics
 from nsa_train import runtime
 from nsa_train.config.schema import Config
 from nsa_train.data.stages import Stage, at_stage
+from nsa_train.errors import ConfigError
+from nsa_train.plan.advice import GIB, need, room, verdict
 from nsa_train.plan.memory import memory
-from nsa_train.plan.speed import kind_of, predictable, step_seconds
+from nsa_train.plan.speed import GPUS, kind_of, predictable, step_seconds
 
-GIB = 2**30
+SURE = ("weights", "gradients", "optimizer")  # states that every step has at once
 STEPS = 20  # of a launch, after which it is said
 STARTING = 10  # of them, first ones, with compilation and warm-up: they do not count
+
+
+def check_memory(config: Config, ranks: int, device_name: str) -> None:
+    """Warn where the plan needs more memory than `ranks` GPUs called `device_name` have, with what would fit.
+
+    Raises ConfigError only where it is certain: where states alone are more than a whole GPU.
+    """
+    kind = kind_of(device_name)
+    if not kind:
+        return
+    found, gpu = need(config, ranks), GPUS[kind]
+    states = sum(found.states[part] for part in SURE) / GIB
+    if states > gpu.memory_gib:
+        raise ConfigError(
+            f"weights, gradients and optimizer take {states:,.1f} GiB of each GPU, which is more than it has: "
+            f"{verdict(config, kind, ranks)}"
+        )
+    if found.total > room(gpu):
+        parts = ", ".join(f"{part} {size / GIB:,.1f}" for part, size in found.counted.items() if size)
+        runtime.log.warning(
+            f"warning: memory may run out. GiB of a GPU, by `nsa-train plan gpu={kind} gpus={ranks}`: {parts}, "
+            f"all {found.total / GIB:,.1f}. {verdict(config, kind, ranks)}"
+        )
 
 
 class PlanCheck:

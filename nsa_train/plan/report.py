@@ -9,7 +9,7 @@ from nsa_train.config.schema import Config
 from nsa_train.data.stages import at_stage, stages_of
 from nsa_train.errors import ConfigError
 from nsa_train.model.counts import meta_model, parameters_by_part
-from nsa_train.plan.advice import CONTEXT_GIB, GIB, first_that_fits, largest_part, need, room
+from nsa_train.plan.advice import GIB, need, verdict
 from nsa_train.plan.flops import forward_flops, training_flops
 from nsa_train.plan.speed import GPUS, predictable, run_seconds, step_seconds
 from nsa_train.runtime import dtype_of
@@ -121,19 +121,4 @@ def _memory(config: Config, kind: str, counts: Sequence[int]) -> str:
             note = " (passing)" if group == "passing" else ""
             lines.append(_row(part + note, [f"{getattr(one, group)[part] / GIB:,.2f}" for one in by_count]))
     lines.append(_row("all, the largest passing one", [f"{one.total / GIB:,.2f}" for one in by_count]))
-    return "\n".join([*lines, *(_verdict(config, kind, ranks) for ranks in counts)])
-
-
-def _verdict(config: Config, kind: str, ranks: int) -> str:
-    """Whether it fits; if not, what is largest, and the first change that fits."""
-    gpu, found = GPUS[kind], need(config, ranks)
-    free = f"{gpu.memory_gib:g} GiB less {CONTEXT_GIB} for CUDA"
-    if found.total <= room(gpu):
-        return f"  fits {ranks} x {kind} ({free})"
-    part, size = largest_part(found)
-    change = first_that_fits(config, ranks, kind)
-    way = "no key makes it fit: shorter rows or a smaller model"
-    if change:
-        way = f"{' '.join(change.words)} fits, with {need(change.config, change.ranks).total / GIB:,.1f} GiB"
-    over = (found.total - room(gpu)) / GIB
-    return f"  {ranks} x {kind} ({free}) too small by {over:,.1f} GiB; largest: {part}, {size / GIB:,.1f} GiB. {way}"
+    return "\n".join([*lines, *(f"  {verdict(config, kind, ranks)}" for ranks in counts)])

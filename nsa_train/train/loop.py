@@ -32,7 +32,7 @@ from nsa_train.parallel.engine import (
 )
 from nsa_train.parallel.materialise import materialise
 from nsa_train.parallel.probe import probe_engine
-from nsa_train.plan.check import PlanCheck
+from nsa_train.plan.check import PlanCheck, check_memory
 from nsa_train.train import checkpoint
 from nsa_train.train.evaluate import evaluate, means
 from nsa_train.train.export import export_model
@@ -122,6 +122,7 @@ class _Run:
         self.watchdog = watchdog
         self.world = runtime.world_size()
         self.stages = stages_of(config)
+        on_rank_zero(lambda: check_memory(config, self.world, runtime.device_name()))
         runtime.seed_everything(config.seed)
         stores = {split: TokenStore.open(self.corpus, split) for split in ("train", "heldout")}
         self.facts = stores["train"].manifest
