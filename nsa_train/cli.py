@@ -79,7 +79,7 @@ def _plan(words: list[str]) -> int:
     from nsa_train.plan.report import Machine, plan
 
     machine, overrides = Machine.parse(words)
-    _show(plan(_config(overrides), machine))
+    _show(plan(_config(overrides, on_gpu=lambda: True), machine))
     return 0
 
 
@@ -153,10 +153,10 @@ def _show(text: str) -> None:
         sys.stdout = None  # type: ignore[assignment]
 
 
-def _config(overrides: list[str]):
+def _config(overrides: list[str], on_gpu: Callable[[], bool] = runtime.on_gpu):
     from nsa_train.config.load import load_config
 
-    return load_config(overrides, runtime.world_size())
+    return load_config(overrides, runtime.world_size(), on_gpu)
 
 
 def _parser() -> argparse.ArgumentParser:

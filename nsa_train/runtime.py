@@ -55,12 +55,16 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def on_gpu() -> bool:
+    return device().type == "cuda"
+
+
 def dtype_of(name: str) -> torch.dtype:
     """`auto` is bf16 on a GPU and fp32 on a CPU."""
     import torch
 
     if name == "auto":
-        return torch.bfloat16 if device().type == "cuda" else torch.float32
+        return torch.bfloat16 if on_gpu() else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
@@ -152,7 +156,7 @@ def quiet_deepspeed(device_type: str) -> None:
 def device_name() -> str:
     import torch
 
-    return torch.cuda.get_device_name(device()) if device().type == "cuda" else "CPU"
+    return torch.cuda.get_device_name(device()) if on_gpu() else "CPU"
 
 
 def peak_resident_bytes() -> int:
@@ -165,7 +169,7 @@ def peak_memory_gib() -> float:
     """Peak memory of this process: allocated on its GPU, or resident on a CPU."""
     import torch
 
-    if device().type == "cuda":
+    if on_gpu():
         return torch.cuda.max_memory_allocated() / 2**30
     return peak_resident_bytes() / 2**30
 

@@ -43,6 +43,23 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("command", ["config", "train"])
+def test_stage_1_without_a_dtype_is_refused_on_a_machine_with_a_gpu_before_anything_starts(
+    command, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr(runtime, "device", lambda: torch.device("cuda", 0))
+    assert main([command, "parallel=zero1", f"runs_dir={tmp_path}", "trainer.step=5"]) == 2
+    told = capsys.readouterr().err
+    assert "2 problems in the configuration" in told
+    assert "trainer.dtype=auto is bf16 on a GPU" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plan_of_stage_1_is_of_a_gpu_too(capsys):
+    assert main(["plan", "parallel=zero1"]) == 2
+    assert "trainer.dtype=auto is bf16 on a GPU" in capsys.readouterr().err
+
+
 # plan -----------------------------------------------------------------------------------------------------------------
 
 

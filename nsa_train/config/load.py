@@ -13,7 +13,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,24 +30,31 @@ GROUPS = (
 )  # fmt: skip
 
 
-def load_config(overrides: Sequence[str] = (), processes: int = 1) -> schema.Config:
+def load_config(
+    overrides: Sequence[str] = (), processes: int = 1, on_gpu: Callable[[], bool] | None = None
+) -> schema.Config:
     """Compose `configs/` with Hydra overrides (`group=option`, `key.path=value`) into a Config for so many processes.
 
+    on_gpu: whether they have GPUs, asked only where a rule depends on it; None: nobody knows yet.
     Raises ConfigError with one line per problem.
     """
     tree, choices = _compose(list(overrides))
     tree["experiment"], tree["arm"] = choices["experiment"], choices["attention"]
     if tree.get("name") is None:
         tree["name"] = f"{choices['experiment']}-{choices['attention']}"
-    return config_from_tree(tree, processes)
+    return config_from_tree(tree, processes, on_gpu)
 
 
-def config_from_tree(tree: dict[str, Any], processes: int = 1) -> schema.Config:
+def config_from_tree(
+    tree: dict[str, Any], processes: int = 1, on_gpu: Callable[[], bool] | None = None
+) -> schema.Config:
     """A checked Config from plain data, such as a run folder's config.yaml."""
     problems: list[str] = []
     config = _build(schema.Config, tree, "", problems)
     if config:
         problems += config.sharing_problems(processes)
+        if config.parallel.zero_stage == 1 and config.trainer.dtype == "auto" and on_gpu and on_gpu():
+            problems.append(schema.AUTO_AT_STAGE_1)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"  {line}" for line in problems))

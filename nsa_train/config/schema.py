@@ -36,6 +36,7 @@ def _mixture_problems(mixture: dict[str, float]) -> list[str]:
 
 
 BF16_AT_STAGE_1 = "parallel.zero_stage=1 sums bf16 gradients in bf16; use parallel.zero_stage=2"
+AUTO_AT_STAGE_1 = f"trainer.dtype=auto is bf16 on a GPU, and {BF16_AT_STAGE_1}"
 
 
 @dataclass(frozen=True)
@@ -483,17 +484,14 @@ class Config:
 
     def sharing_problems(self, processes: int) -> list[str]:
         """Rows of a step that so many processes cannot share evenly."""
-        found, trainer = [], self.trainer
-        if not self.stages.parts and trainer.batch_rows % processes:
-            found.append(f"trainer.batch_rows={trainer.batch_rows} is not a multiple of the {processes} processes")
+        batch_rows, rows = self.trainer.batch_rows, {}
+        if not self.stages.parts:
+            rows[f"trainer.batch_rows={batch_rows} is"] = batch_rows
         for name, part in self.stages.parts.items():
-            rows = trainer.batch_rows * trainer.seq_len // max(1, part.seq_len)
-            if rows % processes:
-                found.append(
-                    f"stages.parts.{name}: {rows} rows of {part.seq_len} tokens in a step are not a multiple of the "
-                    f"{processes} processes; change trainer.batch_rows or their number"
-                )
-        return found
+            number = batch_rows * self.trainer.seq_len // max(1, part.seq_len)
+            rows[f"stages.parts.{name}: {number} rows of {part.seq_len} tokens in a step are"] = number
+        wrong = f"not a multiple of the {processes} processes; change trainer.batch_rows or their number"
+        return [f"{what} {wrong}" for what, number in rows.items() if number % processes]
 
     @property
     def run_dir(self) -> Path:

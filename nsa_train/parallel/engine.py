@@ -91,7 +91,7 @@ def engine_settings(
     """The configuration that DeepSpeed is given. Raises ConfigError where `auto` became what the stage refuses."""
     bf16 = dtype == torch.bfloat16
     if bf16 and parallel.zero_stage == 1:
-        raise ConfigError(f"trainer.dtype=auto is bf16 on a GPU, and {schema.BF16_AT_STAGE_1}")
+        raise ConfigError(schema.AUTO_AT_STAGE_1)
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
         "overlap_comm": False,

@@ -282,8 +282,27 @@ def test_rows_that_the_processes_cannot_share_are_refused_for_every_stage():
     load_config(stages, processes=2)
     with pytest.raises(ConfigError, match=r"1 problem .*\n  stages.parts.b: 2 rows of 2048 tokens .* the 4 processes"):
         load_config(stages, processes=4)
-    with pytest.raises(ConfigError, match=r"trainer.batch_rows=8 is not a multiple of the 3 processes"):
+    with pytest.raises(ConfigError, match=r"trainer.batch_rows=8 is not a multiple of the 3 processes; change trainer"):
         load_config([], processes=3)
+
+
+def test_stage_1_is_refused_where_auto_is_bf16_together_with_all_that_is_wrong():
+    words = ["parallel=zero1", "trainer.steps=0"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(words, on_gpu=lambda: True)
+    assert "2 problems in the configuration" in str(caught.value)
+    assert "trainer.dtype=auto is bf16 on a GPU, and parallel.zero_stage=1 sums bf16 gradients" in str(caught.value)
+    assert "1 problem in" in refusal(*words)
+    load_config(["parallel=zero1"], on_gpu=lambda: False)
+    load_config(["parallel=zero1", "trainer.dtype=fp32"], on_gpu=lambda: True)
+    load_config(["parallel=zero2"], on_gpu=lambda: True)
+
+
+def test_the_machine_is_looked_at_only_where_a_rule_depends_on_it():
+    def looked():
+        raise AssertionError
+
+    load_config([], on_gpu=looked)
 
 
 def test_all_wrong_overrides_are_reported_at_once():
