@@ -55,7 +55,9 @@ class Layer(nn.Module):
             return x + self._maybe_again("mlp", self._dense, h), None, None
         with record_function("router"):
             routing = self.mlp.router(h, layout.packing.cu_seqlens)
-        return x + self._maybe_again("mlp", self._experts, h, routing), routing.balance, routing.load
+        # ZeRO 3 keeps a module's weights until gradients have come for all of its inputs; experts give balance none.
+        given = routing._replace(balance=routing.balance.detach())
+        return x + self._maybe_again("mlp", self._experts, h, given), routing.balance, routing.load
 
     def _attend(self, x: Tensor, *rest: Any) -> Tensor:
         with record_function("norms"):

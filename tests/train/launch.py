@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 
 from server import SERVER
 
@@ -87,6 +88,32 @@ def rank_environments(world):
         }
         for r in range(world)
     ]
+
+
+def on_ranks(world, work):
+    """Call `work` in each of `world` processes of a group."""
+    jobs = [SERVER.Process(target=_as_rank, args=(one, work), daemon=True) for one in rank_environments(world)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(PATIENCE_S)
+        job.kill()
+    assert [job.exitcode for job in jobs] == [0] * world
+
+
+def _as_rank(environment, work):
+    import torch
+
+    from nsa_train.parallel.engine import start_processes, stop_processes
+
+    os.environ.update(environment)
+    start_processes(torch.device("cpu"), PATIENCE_S)
+    try:
+        work()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # the others may wait for this rank
+    stop_processes()
 
 
 def wait_until(happened, job=None):

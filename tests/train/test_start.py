@@ -3,16 +3,13 @@
 import ctypes
 import hashlib
 import json
-import os
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 import torch
-from launch import PATIENCE_S, SMALL, rank_environments
+from launch import SMALL, on_ranks
 from safetensors.torch import load_file, save_file
-from server import SERVER
 from torch import nn
 
 from nsa_train import runtime
@@ -20,35 +17,13 @@ from nsa_train.config.load import load_config
 from nsa_train.errors import NsaTrainError
 from nsa_train.model.transformer import Transformer
 from nsa_train.parallel import materialise as module
-from nsa_train.parallel.engine import Engine, engine_settings, start_processes, stop_processes
+from nsa_train.parallel.engine import Engine, engine_settings
 from nsa_train.parallel.materialise import materialise
 from nsa_train.train.initial import start_weights
 from nsa_train.train.optim import build_optimizer
 
 MIB = 2**20
 M_MMAP_THRESHOLD = -3  # of malloc.h
-
-
-def on_ranks(world, work):
-    """Call `work` in each of `world` processes of a group."""
-    jobs = [SERVER.Process(target=_as_rank, args=(one, work), daemon=True) for one in rank_environments(world)]
-    for job in jobs:
-        job.start()
-    for job in jobs:
-        job.join(PATIENCE_S)
-        job.kill()
-    assert [job.exitcode for job in jobs] == [0] * world
-
-
-def _as_rank(environment, work):
-    os.environ.update(environment)
-    start_processes(torch.device("cpu"), PATIENCE_S)
-    try:
-        work()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)  # the others may wait for this rank
-    stop_processes()
 
 
 # Values ---------------------------------------------------------------------------------------------------------------
