@@ -76,6 +76,7 @@ def _run(config: schema.Config, folder: RunFolder, device: torch.device, signals
     parallel = config.parallel
     limit_s = start_limit_s(parallel.hang_s, parallel.timeout_s)
     try:
+        on_rank_zero(lambda: check_memory(config, runtime.world_size(), runtime.device_name()))
         corpus = Path(on_rank_zero(lambda: str(prepare(config.data, config.model.vocab, runtime.log.info))))
         with Watchdog(folder.path, limit_s, runtime.rank(), FIRST_FAILURE, START) as watchdog:
             run = _Run(config, folder, corpus, device, signals, watchdog)
@@ -122,7 +123,6 @@ class _Run:
         self.watchdog = watchdog
         self.world = runtime.world_size()
         self.stages = stages_of(config)
-        on_rank_zero(lambda: check_memory(config, self.world, runtime.device_name()))
         runtime.seed_everything(config.seed)
         stores = {split: TokenStore.open(self.corpus, split) for split in ("train", "heldout")}
         self.facts = stores["train"].manifest
