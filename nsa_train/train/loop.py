@@ -73,8 +73,7 @@ def train(config: schema.Config, signals: StopSignals) -> int:
 
 
 def _run(config: schema.Config, folder: RunFolder, device: torch.device, signals: StopSignals) -> None:
-    parallel = config.parallel
-    limit_s = start_limit_s(parallel.hang_s, parallel.timeout_s)
+    limit_s = start_limit_s(config.parallel.hang_s, config.parallel.timeout_s)
     try:
         on_rank_zero(lambda: check_memory(config, runtime.world_size(), runtime.device_name()))
         corpus = Path(on_rank_zero(lambda: str(prepare(config.data, config.model.vocab, runtime.log.info))))
@@ -121,12 +120,10 @@ class _Run:
     ) -> None:  # fmt: skip
         self.config, self.folder, self.corpus, self.device, self.signals = config, folder, corpus, device, signals
         self.watchdog = watchdog
-        self.world = runtime.world_size()
-        self.stages = stages_of(config)
+        self.world, self.stages = runtime.world_size(), stages_of(config)
         runtime.seed_everything(config.seed)
         stores = {split: TokenStore.open(self.corpus, split) for split in ("train", "heldout")}
         self.facts = stores["train"].manifest
-        trainer = config.trainer
         self.loaders = {split: Loader(store, self.stages, config.data, config.seed) for split, store in stores.items()}
         self.watchdog.beat()
         self._build()
@@ -134,7 +131,7 @@ class _Run:
         self.metrics: Metrics | None = None
         self.wandb_id: str | None = None
         self.started, self.earlier = time.perf_counter(), 0.0
-        self.bad_steps, self.spikes = BadSteps(trainer.max_bad_steps), Spikes(trainer, device)
+        self.bad_steps, self.spikes = BadSteps(config.trainer.max_bad_steps), Spikes(config.trainer, device)
         self.load = torch.zeros(len(self.model.routers()), config.moe.experts, device=device)  # since the last log step
 
     def _build(self) -> None:
