@@ -105,8 +105,9 @@ def training() -> str:
             named = [word for word in row["overrides"] if word in NAMED or not word.startswith(RUN_KEYS)]
             words = [row["preset"], *named]
             model = " ".join(f"`{word}`" for word in words)
+            arm = " ".join([f"`{row['attention']}`", *row.get("dense_kernels", [])])
             start = (
-                f"| {row['gpus']} x {result['device']['name']} | {model} | `{row['attention']}` | "
+                f"| {row['gpus']} x {result['device']['name']} | {model} | {arm} | "
                 f"{row['T'] // 1024}k | {row['T'] * row['micro_batch'] // 1024}k | {again} | "
             )
             if "error" in row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -36,12 +37,19 @@ class Run:
 
     logged   rows of metrics.jsonl about training
     summary  summary.json
+    output   what it printed, unless that went to the console
     """
 
     command_s: float
     error: str | None
     logged: list[dict[str, Any]]
     summary: dict[str, Any]
+    output: str = ""
+
+    @property
+    def dense_kernels(self) -> list[str]:
+        """Backends of `ops.dense` that it named as it first used them."""
+        return sorted(set(re.findall(r"dense attention .* runs on (\w+)", self.output)))
 
 
 def last_words(stderr: str) -> str:
@@ -66,7 +74,8 @@ def train_run(folder: Path, overrides: list[str], processes: int | None = None, 
         said = "" if show else f": {last_words(done.stderr)}"
         return Run(seconds, f"exit code {done.returncode}{said}", [], {})
     logged = [row for row in read_metrics(folder / METRICS) if row["split"] == "train"]
-    return Run(seconds, None, logged, json.loads((folder / "summary.json").read_text()))
+    output = "" if show else done.stdout + done.stderr
+    return Run(seconds, None, logged, json.loads((folder / "summary.json").read_text()), output)
 
 
 def parse_on_gpus(parser: argparse.ArgumentParser, arguments: list[str], measures: str) -> argparse.Namespace:

@@ -3,7 +3,7 @@
 A step and a forward pass have as many tokens as the preset's at its own row length, a row at least; where the plan says
 that activations do not fit the GPU, it chooses what is recomputed. FLOPs are counted as if every row were one document:
 packs of short documents need fewer; what is recomputed does not count. `parts` are milliseconds of a step by part
-(`nsa_train.train.profile`), of one before those that are timed. Rows that the file has of other runs stay in it. A
+(`nsa_train.train.profile`), of one before those that are timed; `dense_kernels` are what full attention ran on. Rows that the file has of other runs stay in it. A
 figure lies beside it.
 """
 
@@ -106,7 +106,7 @@ def one_run(preset: str, arm: str, T: int, steps: int, gpus: int, rest: list[str
     parts = json.loads((folder / name / "profile" / "parts.json").read_text())["parts"]
     return {
         **row, **figures(speeds, config, full, gpus, GPUS[kind].flops if kind else None),
-        "peak_gib": max(r["mem_gib"] for r in run.logged), "parts": parts,
+        "peak_gib": max(r["mem_gib"] for r in run.logged), "parts": parts, "dense_kernels": run.dense_kernels,
     }  # fmt: skip
 
 
