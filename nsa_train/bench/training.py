@@ -3,8 +3,8 @@
 A step and a forward pass have as many tokens as the preset's at its own row length, a row at least; where the plan says
 that activations do not fit the GPU, it chooses what is recomputed. FLOPs are counted as if every row were one document:
 packs of short documents need fewer; what is recomputed does not count. `parts` are milliseconds of a step by part
-(`nsa_train.train.profile`), of one before those that are timed; `dense_kernels` are what full attention ran on. Rows that the file has of other runs stay in it. A
-figure lies beside it.
+(`nsa_train.train.profile`), of one before those that are timed; `dense_kernels` are what full attention ran on. Rows
+that the file has of other runs stay in it. A figure lies beside it.
 """
 
 from __future__ import annotations
