@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from launch import contents, limit_file_size, limit_file_size_at, rows, summary
+from launch import contents, limit_file_size, limit_file_size_at, losses, rows, summary
 
 from nsa_train.errors import CheckpointError, StorageError
 from nsa_train.train import checkpoint
@@ -126,6 +126,36 @@ def test_a_damaged_checkpoint_is_named_and_training_goes_on_from_the_one_before(
     assert f"{killed / 'checkpoints' / 'step_6' / SHARD}" in job.text
     assert "at step 3\n" in job.text
     assert (killed / "checkpoints" / "step_6.corrupt").is_dir()
+    assert rows(killed) == rows(whole)
+
+
+@pytest.mark.process
+def test_shards_that_two_ranks_exchanged_are_named_and_all_ranks_take_the_checkpoint_before(
+    train_ranks, tmp_path, whole
+):
+    run = tmp_path / "run"
+    jobs = train_ranks(2, extra={"NSA_TRAIN_KILL_AT": "checkpoint-retention"})  # of rank 0, at step 9
+    assert jobs[0].wait() == -9
+    jobs[1].process.kill()
+    jobs[1].process.join()
+    one, other = (run / "checkpoints" / "step_9" / checkpoint.SHARD.format(rank) for rank in (0, 1))
+    before = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(before)
+    jobs = train_ranks(2)
+    assert [job.wait() for job in jobs] == [0, 0], jobs[0].text
+    assert f"damaged checkpoint, trying an older one: {one} " in jobs[0].text
+    assert "at step 6\n" in jobs[0].text
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
+
+
+@pytest.mark.process
+def test_an_empty_pointer_costs_no_checkpoint_and_is_written_anew(train, killed, whole):
+    (killed / "checkpoints" / "latest.json").write_text("")
+    job = train()
+    assert job.wait() == 0, job.text
+    assert "at step 6\n" in job.text
+    assert json.loads((killed / "checkpoints" / "latest.json").read_text()) == {"step": 12, "path": "step_12"}
     assert rows(killed) == rows(whole)
 
 
