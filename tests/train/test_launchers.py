@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import PATIENCE_S, SMALL, free_port, has_step, losses, summary, wait_until
+import torch
+from launch import PATIENCE_S, SMALL, free_port, has_step, losses, rows, summary, wait_until
 
 pytestmark = pytest.mark.process
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+SOON_S = 60.0
 ALONE = [sys.executable, "-m", "nsa_train"]
 
 
@@ -48,7 +50,7 @@ def logged(run):
 
 def test_ctrl_c_under_torchrun_with_two_processes_and_on_under_deepspeed(words, tmp_path, whole):
     run, output = tmp_path / "run", tmp_path / "output"
-    torchrun = start([*launcher("torchrun", "--processes", 2), *words], tmp_path)
+    torchrun = start([*launcher("torchrun", "--processes", 2, "--restarts", 1), *words], tmp_path)
     try:
         wait_until(lambda: has_step(run, 1) or torchrun.poll() is not None)
         os.killpg(torchrun.pid, signal.SIGINT)
@@ -68,6 +70,44 @@ def test_ctrl_c_under_torchrun_with_two_processes_and_on_under_deepspeed(words, 
     assert resumed in output.read_text()
     assert resumed in logged(run)
     assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
+
+
+KILLED = """
+import os, sys
+
+if os.environ.get("RANK") == "1" and not os.path.exists("{once}"):
+    open("{once}", "w").close()
+    sys.path.append("{tests}")
+    from launch import signal, signal_at
+
+    signal_at("nsa_train.parallel.engine:Engine", "backward", 15, signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_kill_9_of_a_rank_inside_a_step_ends_the_job_soon_and_it_goes_on_bit_for_bit(
+    restarts, words, train_ranks, tmp_path, monkeypatch
+):
+    """With the same line, or by torchrun itself."""
+    words += ["trainer.micro_rows=1"]  # two micro-batches a step and rank: the 15th is the first of step 8
+    undisturbed = train_ranks(2, *words, "name=undisturbed")
+    assert [job.wait() for job in undisturbed] == [0, 0], undisturbed[0].text
+    tests = Path(__file__).parent
+    (tmp_path / "sitecustomize.py").write_text(KILLED.format(once=tmp_path / "once", tests=tests))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{tests.parent}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    run, output = tmp_path / "run", tmp_path / "output"
+    command = [*launcher("torchrun", "--processes", 2, "--restarts", restarts), *words]
+    job = start(command, tmp_path)
+    try:
+        wait_until(lambda: has_step(run, 7) or job.poll() is not None)
+        assert job.wait(SOON_S) == (0 if restarts else 1), output.read_text()
+    finally:
+        job.kill()
+    if not restarts:
+        assert start(command, tmp_path).wait(PATIENCE_S) == 0, output.read_text()
+    assert f"resumed from {run / 'checkpoints'}/step_6 at step 6" in output.read_text()
+    assert rows(run) == rows(tmp_path / "undisturbed")
 
 
 # Slurm, whose commands are played by scripts --------------------------------------------------------------------------
