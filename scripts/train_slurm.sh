@@ -12,7 +12,8 @@
 # See what would start, anywhere: scripts/train_slurm.sh --dry-run [key=value ...]
 #
 # Five minutes before its time ends, or when it is preempted, the run writes a checkpoint and ends with 75. Then, and
-# after a hang (19), the job puts itself into the queue again and goes on; any other end is final.
+# after a hang (19), the job puts itself into the queue again and goes on; any other end is final, and so is the third
+# launch in a row that has left no new checkpoint.
 source "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}/scripts/launch_common.sh"
 [ "${1:-}" != --dry-run ] || { dry_run=yes && shift; }
 
@@ -24,6 +25,14 @@ command=(srun --kill-on-bad-exit=1 --output="$run_dir/logs/%N.log" --open-mode=a
     bash -c "$as_rank" rank "$python" -m nsa_train train "$@")
 announce "$run_dir/logs/<node>.log" "${command[@]}"
 
+# newest: the name of the newest complete checkpoint, nothing without one.
+newest() {
+    find "$run_dir/checkpoints" -maxdepth 1 2> /dev/null | grep -oE 'step_[0-9]+$' | sort -V | tail -n 1
+}
+idle=$run_dir/logs/idle # holds how many launches of this job in a row have left no new one
+[ "${SLURM_RESTART_COUNT:-0}" != 0 ] || echo 0 > "$idle"
+before=$(newest)
+
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-8} # since Slurm 22.05 srun does not take it from the job
@@ -33,7 +42,19 @@ tasks=$?
 # Tasks that srun stops because another one failed say 75, too. An interruption is what this launch's summary.json calls
 # so, else a job whose start fails would requeue itself for ever.
 code=$(real_code $((tasks == 75 ? 1 : tasks)))
+# A task that is killed at each start looks like a preemption, since srun stops the others; only that it leads nowhere
+# tells them apart.
+launches=0
+[ "$(newest)" != "$before" ] || launches=$(($(cat "$idle") + 1))
+echo "$launches" > "$idle"
 case $code in
-    75 | 19) scontrol requeue "$SLURM_JOB_ID" ;;
+    75 | 19)
+        if [ "$launches" -lt 3 ]; then
+            scontrol requeue "$SLURM_JOB_ID"
+        else
+            echo "error: not requeued: $launches launches in a row ended without a new checkpoint in" \
+                "$run_dir/checkpoints; see $run_dir/logs, then submit the job again" >&2
+        fi
+        ;;
 esac
 exit "$code"

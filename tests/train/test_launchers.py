@@ -233,6 +233,35 @@ def test_what_srun_and_the_run_say_decides_whether_a_slurm_job_is_requeued(
     assert bool(requeued(tmp_path)) == again
 
 
+def end_again(words, launch, monkeypatch):
+    """One more launch of a job that Slurm has restarted so often; its standard error."""
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(launch))
+    return subprocess.run([*launcher("slurm"), *words], capture_output=True, text=True, check=False).stderr
+
+
+@pytest.mark.parametrize("code", [75, 19])
+def test_a_slurm_job_is_not_requeued_after_three_launches_in_a_row_without_a_new_checkpoint(
+    code, words, slurm, tmp_path, monkeypatch
+):
+    torn = "mkdir -p {folder}/run/checkpoints/step_9.tmp-$SLURM_RESTART_COUNT\nexit {tasks}"
+    slurm(ENDING.replace("exit {tasks}", torn), tasks=1, code=code)
+    (tmp_path / "run" / "checkpoints" / "step_6").mkdir(parents=True)  # of an earlier job
+    said = [end_again(words, launch, monkeypatch) for launch in range(3)]
+    assert len(requeued(tmp_path)) == 2
+    assert said[:2] == ["", ""]
+    assert f"not requeued: 3 launches in a row ended without a new checkpoint in {tmp_path / 'run'}" in said[2]
+    assert end_again(words, 0, monkeypatch) == ""  # somebody has looked, and submits it again
+    assert len(requeued(tmp_path)) == 3
+
+
+def test_a_slurm_job_is_requeued_as_often_as_it_makes_checkpoints(words, slurm, tmp_path, monkeypatch):
+    """Here every second launch makes one."""
+    saved = "mkdir -p {folder}/run/checkpoints/step_$((SLURM_RESTART_COUNT / 2 + 9))\nexit {tasks}"
+    slurm(ENDING.replace("exit {tasks}", saved), tasks=1, code=75)
+    assert [end_again(words, launch, monkeypatch) for launch in range(8)] == [""] * 8
+    assert len(requeued(tmp_path)) == 8
+
+
 def test_tasks_under_slurm_get_the_cores_of_the_job(words, slurm, tmp_path, monkeypatch):
     slurm(ENDING, tasks=1, code=1)
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
