@@ -119,7 +119,8 @@ import os, signal, subprocess, sys, time
 options = [word for word in sys.argv[1:] if word.startswith("--")]
 output = dict(option[2:].split("=") for option in options)["output"].replace("%N", "node")
 tasks = []
-signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda received, _: [task.send_signal(received) for task in tasks])
 for number in range(int(os.environ["SLURM_NTASKS"])):
     place = {{"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}}
     command = sys.argv[1 + len(options):]
@@ -180,13 +181,15 @@ def requeued(tmp_path):
     return (tmp_path / "requeued").read_text().split() if (tmp_path / "requeued").exists() else []
 
 
-def test_a_preempted_slurm_job_requeues_itself_and_goes_on_with_the_same_losses(words, slurm, tmp_path, whole):
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_preempted_slurm_job_requeues_itself_and_goes_on_with_the_same_losses(number, words, slurm, tmp_path, whole):
     slurm(TASKS)
     run, output, ids = tmp_path / "run", tmp_path / "output", [os.environ["SLURM_JOB_ID"]]
     job = start([*launcher("slurm"), *words], tmp_path)
     try:
         wait_until(lambda: has_step(run, 1) or job.poll() is not None)
-        os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGUSR1)
+        for process in (job.pid, int((tmp_path / "srun.pid").read_text())):  # the script's, and the tasks'
+            os.kill(process, number)
         assert job.wait(PATIENCE_S) == 75, output.read_text() + logged(run)
     finally:
         job.kill()
