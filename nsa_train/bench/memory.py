@@ -33,6 +33,7 @@ CASES: tuple[Case, ...] = (
     ("r1", "nsa", 8192, 2, ("parallel=zero1", "trainer.dtype=fp32")),
     ("r1", "nsa", 8192, 2, ("parallel=zero2", "trainer.dtype=fp32")),
     ("r2", "nsa", 8192, 4, ()),
+    ("r2", "nsa", 8192, 4, ("parallel=zero3",)),
     ("r2", "nsa", 8192, 4, (RECOMPUTED,)),
     ("r2", "nsa", 8192, 4, (RECOMPUTED, "trainer.recomputed=[attention]")),
     ("r2", "nsa", 8192, 4, (RECOMPUTED, "trainer.recomputed=[mlp]")),

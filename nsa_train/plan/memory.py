@@ -18,6 +18,11 @@ from nsa_train.parallel.one_rank import adds_at_once
 from nsa_train.runtime import dtype_of
 
 FP32, INT64 = 4, 8
+STAGE_3 = {  # DeepSpeed's defaults, in elements; `parallel.deepspeed` may set others
+    "stage3_max_reuse_distance": 10**9,
+    "stage3_prefetch_bucket_size": 5 * 10**7,
+    "stage3_max_live_parameters": 10**9,
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,12 @@ class Memory:
 def memory(config: Config, ranks: int, tokens: int | None = None) -> Memory:
     """Of each rank; `tokens` of a forward pass, by default trainer.micro_rows rows."""
     tokens = tokens or config.trainer.micro_rows * config.trainer.seq_len
-    return Memory(states(config, ranks), kept(config, tokens), passing(config, tokens))
+    found = Memory(states(config, ranks), kept(config, tokens), passing(config, tokens))
+    if config.parallel.zero_stage == 3:
+        # What is gathered lies there at the turn from forward to backward, as activations do.
+        found.kept["gathered"] = gathered(config, ranks)
+        found.passing["gradients scattered"] = _scattered(config)
+    return found
 
 
 def states(config: Config, ranks: int) -> dict[str, float]:
@@ -54,13 +64,57 @@ def states(config: Config, ranks: int) -> dict[str, float]:
     stage, width = config.parallel.zero_stage, dtype_of(config.trainer.dtype).itemsize
     weights_there = config.parallel.offload_params == "none"
     optimizer_there = config.parallel.offload_optimizer == "none"
-    buckets = stage > 1 and not without_buckets(config, ranks)
+    buckets = 0.0
+    if stage == 3:  # in the dtype in which gradients travel, also where the model is smaller
+        buckets = BUCKET_ELEMENTS * _travelling(config)
+    elif stage == 2 and not without_buckets(config, ranks):
+        buckets = min(BUCKET_ELEMENTS, parameters) * width
     return {
         "weights": weights_there * parameters * width / (ranks if stage == 3 else 1),
         "gradients": (optimizer_there or stage < 3) * parameters * (width if stage == 1 else FP32 / ranks),
         "optimizer": optimizer_there * parameters * 3 * FP32 / ranks,
-        "communication": min(BUCKET_ELEMENTS, parameters) * width if buckets else 0.0,
+        "communication": buckets,
     }
+
+
+def _travelling(config: Config) -> int:
+    """Bytes of a gradient's element between ranks."""
+    return 2 if config.parallel.reduce_dtype == "bf16" and dtype_of(config.trainer.dtype).itemsize == 2 else FP32
+
+
+def _scattered(config: Config) -> float:
+    """The copy of a full bucket that stage 3 makes to scatter it, or of a parameter that is larger than the bucket."""
+    sizes = [p.numel() for p in meta_model(config).parameters()]
+    return max(min(BUCKET_ELEMENTS, sum(sizes)), *sizes) * _travelling(config)
+
+
+def gathered(config: Config, ranks: int) -> float:
+    """Whole weights at stage 3, beside this rank's shards, and the gradients of the module that runs."""
+    width = dtype_of(config.trainer.dtype).itemsize
+    copied = ranks > 1 or config.parallel.offload_params != "none"  # else the shard on the GPU is the weight
+    return width * (copied * whole_weights(config) + max(_module_sizes(config)))
+
+
+def whole_weights(config: Config) -> int:
+    """Elements of weights that a rank has gathered at once at stage 3, at most.
+
+    A module's are there while it runs, and from its forward to its backward pass where fewer elements are used between
+    them than the reuse distance. And each module gathers some for those behind it, as long as fewer than allowed live.
+    """
+    *sizes, head = _module_sizes(config)
+    zero = STAGE_3 | config.parallel.deepspeed.get("zero_optimization", {})
+    held = head  # which the whole model reads: it is there all the time, and used once between the passes
+    for size in reversed(sizes):  # the backward pass begins with what ran last
+        if 2 * held - head >= zero["stage3_max_reuse_distance"]:
+            break
+        held += size
+    others = zero["stage3_max_live_parameters"] if zero["stage3_prefetch_bucket_size"] else head
+    return min(max(held, others + max(sizes)), sum(p.numel() for p in meta_model(config).parameters()))
+
+
+def _module_sizes(config: Config) -> list[int]:
+    """Elements of each module's own parameters, about in the order in which they run."""
+    return [sum(p.numel() for p in module.parameters(recurse=False)) for module in meta_model(config).modules()]
 
 
 def without_buckets(config: Config, ranks: int) -> bool:

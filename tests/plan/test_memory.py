@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from nsa_train.config.load import load_config
 from nsa_train.model import layers
+from nsa_train.model.counts import meta_model
 from nsa_train.model.transformer import Transformer
 from nsa_train.ops import compress, experts, norm, routing
 from nsa_train.ops.rope import _Rotate
 from nsa_train.packing import Packing
-from nsa_train.plan.memory import kept, memory
+from nsa_train.plan.memory import STAGE_3, gathered, kept, memory, whole_weights
 
 SIZES = [
     "trainer.dtype=fp32", "model.layers=3", "model.width=64", "model.heads=4", "model.kv_heads=1", "model.key_dim=32",
@@ -83,8 +85,10 @@ def test_buckets_are_there_where_gradients_travel_or_are_not_added_at_once():
 
     assert gib_of_buckets(1) == 0
     assert gib_of_buckets(1, "trainer.dtype=fp32") > 0.7
-    for ranks, words in ((2, []), (1, ["parallel.offload_optimizer=cpu"]), (1, ["parallel=zero3"])):
+    for ranks, words in ((2, []), (1, ["parallel.offload_optimizer=cpu"])):
         assert 0.3 < gib_of_buckets(ranks, *words) < 0.4
+    assert 0.7 < gib_of_buckets(1, "parallel=zero3") < 0.8  # stage 3 has a bucket in the dtype that travels, fp32
+    assert 0.3 < gib_of_buckets(1, "parallel=zero3", "parallel.reduce_dtype=bf16", "trainer.dtype=bf16") < 0.4
     assert gib_of_buckets(2, "parallel=zero1", "trainer.dtype=fp32") == 0
 
 
@@ -98,3 +102,42 @@ def test_only_parts_that_are_recomputed_are_not_kept_and_pass_in_whole(parts):
     attention, mlp = "attention" in parts, "mlp" in parts
     assert less == dict.fromkeys(less, False) | {"attention": attention, "experts": mlp, "dense MLP": mlp}
     assert more == {"head backward": False, "experts backward": mlp, "attention backward": attention}
+
+
+# Stage 3; what small models really gather: tests/train/test_gathered.py -----------------------------------------------
+
+
+def test_the_plan_of_stage_3_knows_deepspeeds_defaults():
+    defaults = {field.alias: field.default for field in DeepSpeedZeroConfig.model_fields.values()}
+    assert {key: defaults[key] for key in STAGE_3} == STAGE_3
+
+
+def test_small_models_are_gathered_in_whole_and_large_ones_as_far_as_so_much_may_live():
+    def elements(*words):
+        config = load_config(["parallel=zero3", *words])
+        return whole_weights(config), sum(p.numel() for p in meta_model(config).parameters())
+
+    found, model = elements("experiment=r2")
+    assert found == model
+    found, model = elements("experiment=paper_27b")
+    assert 1e9 < found < 1e9 + 72 * 3 * 2560 * 1536 + 1 < model / 10
+    lean = "parallel.deepspeed={zero_optimization: {stage3_max_live_parameters: 0, stage3_max_reuse_distance: 0}}"
+    assert elements("experiment=paper_27b", lean)[0] < found
+
+
+def test_one_rank_gathers_nothing_that_it_has_but_gradients_and_what_is_on_its_host():
+    config = load_config(["experiment=r2", "parallel=zero3", "trainer.dtype=bf16"])
+    offloaded = load_config(["experiment=r2", "parallel=zero3", "trainer.dtype=bf16", "parallel.offload_params=cpu"])
+    experts = 2 * 3 * config.moe.experts * config.moe.expert_width * config.model.width
+    assert gathered(config, 1) == experts
+    assert gathered(offloaded, 1) == gathered(config, 2) == experts + 2 * whole_weights(config)
+
+
+@pytest.mark.parametrize("experiment", ["r2", "paper_27b"])
+def test_gathered_weights_and_a_buckets_copy_are_parts_of_stage_3_only(experiment):
+    second, third = (memory(load_config([f"experiment={experiment}", f"parallel=zero{n}"]), 8) for n in (2, 3))
+    assert third.kept == {**second.kept, "gathered": third.kept["gathered"]}
+    assert third.passing == {**second.passing, "gradients scattered": third.passing["gradients scattered"]}
+    largest = {"r2": 200e6, "paper_27b": 72 * 2 * 2560 * 1536}[experiment]  # a bucket; gate_up of a layer's experts
+    assert third.passing["gradients scattered"] == 4 * largest
+    assert third.total == sum(third.states.values()) + sum(third.kept.values()) + max(third.passing.values())

@@ -12,6 +12,7 @@ from nsa_train.config.load import load_config
 from nsa_train.model.transformer import Transformer
 from nsa_train.packing import Packing
 from nsa_train.parallel.engine import Engine, engine_settings
+from nsa_train.plan.memory import whole_weights
 from nsa_train.train.initial import start_weights
 from nsa_train.train.optim import build_optimizer
 
@@ -62,3 +63,22 @@ def test_experts_are_let_go_after_their_backward_pass(tmp_path):
     """Where nothing is gathered ahead or kept, the most is embedding and head."""
     config = config_of([], stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0)
     assert most_gathered(config, tmp_path) == 2 * config.model.vocab * config.model.width
+
+
+@pytest.mark.parametrize(
+    ("words", "reuse", "ahead", "live"),
+    [
+        ([], 10**9, 5 * 10**7, 10**9),
+        ([], 60_000, 0, 10**9),
+        ([], 0, 3_000, 30_000),
+        ([], 120_000, 3_000, 60_000),
+        (["trainer.activation_checkpointing=true"], 20_000, 3_000, 40_000),
+    ],
+    ids=str,
+)
+def test_a_rank_gathers_at_most_what_the_plan_says_and_not_much_less(words, reuse, ahead, live, tmp_path):
+    config = config_of(
+        words, stage3_max_reuse_distance=reuse, stage3_prefetch_bucket_size=ahead, stage3_max_live_parameters=live
+    )
+    found = most_gathered(config, tmp_path)
+    assert found <= whole_weights(config) <= 1.2 * found
