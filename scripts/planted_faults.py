@@ -1,7 +1,7 @@
-"""Plant one fault after another in a copy of the kernels and see which tests turn red: docs/results/planted_faults.json.
+"""Plant one fault after another in a copy of the code and see which tests turn red: docs/results/planted_faults.json.
 
-python scripts/planted_faults.py            # all, on a CPU in Triton's interpreter: some 20 minutes
-python scripts/planted_faults.py selected   # those of files with this in their name
+python scripts/planted_faults.py            # all, on a CPU, kernels in Triton's interpreter: some 45 minutes
+python scripts/planted_faults.py selected   # those of files, or for tests, with this in their name
 
 A fault that no test sees, and a test that no fault turns red, are named at the end, with exit code 1.
 """
@@ -26,7 +26,7 @@ NOT_RUN = re.compile("compile|pytorch_accepts|half_precision")  # of compilers a
 
 
 class Fault(NamedTuple):
-    """`old` stands in nsa_train/ops/<file>.py and becomes `new`; `tests` are the files that should notice."""
+    """`old` stands in <file>.py and becomes `new`; `tests` are the files test_<name>.py that should notice."""
 
     file: str
     what: str
@@ -36,6 +36,7 @@ class Fault(NamedTuple):
 
 
 WHOLE = "nsa_triton"
+LAYOUTS = ("layouts",)
 FAULTS = (
     Fault("documents", "a document's last, partial tile is left out", "rows + SIZE - 1) // SIZE, BLOCK", "rows) // SIZE, BLOCK", ("documents",)),
     Fault("documents", "tiles are counted from the first document on, not from the own one", "place = table + first + tile", "place = table + tile", ("documents", WHOLE)),
@@ -94,12 +95,23 @@ FAULTS = (
     Fault("nsa_triton", "given blocks are not used", "if blocks is None:\n        blocks = part", "if True:\n        blocks = part", (WHOLE,)),
     Fault("nsa_triton", "rows behind the last compressed key are read", "documents.used_rows(k_cmp), documents.used_rows(v_cmp)", "k_cmp, v_cmp + v_cmp[-1:].mean()", (WHOLE,)),
     Fault("nsa_triton", "what is recomputed differs", "out = combine.forward(gates, o_cmp, o_slc, o_win)", "out = combine.forward(gates, o_cmp, o_slc, o_win) + 1e-6 * torch.rand(1)", (WHOLE,)),
+    Fault("engine", "the loss is not multiplied by the processes", "(self.accumulation * dist.get_world_size())", "self.accumulation", LAYOUTS),
+    Fault("engine", "the loss is not multiplied by the micro-batches", "(self.accumulation * dist.get_world_size())", "dist.get_world_size()", LAYOUTS),
+    Fault("engine", "gradients are clipped as if each process had its own", '"gradient_clipping": clip,', '"gradient_clipping": clip * world,', LAYOUTS),
+    Fault("engine", "pieces of weights are saved from the other end of what a process holds", "group, start - first)", "group, size - (stop - first))", LAYOUTS),
+    Fault("engine", "pieces of weights that are sharded are saved one element off", "start, stop, group, at)", "start, stop, group, at + 1)", LAYOUTS),
+    Fault("loop", "labels are counted by micro-batch, not by step", "out.token_losses.sum() / labels", "out.token_losses.sum() / ((batch.labels != NO_LABEL).sum() * self.micro_batches * self.world)", LAYOUTS),
+    Fault("loop", "every process reads the rows of the first", ".micro_batches(step, runtime.rank(), self.world", ".micro_batches(step, 0, self.world", LAYOUTS),
+    Fault("loop", "loads are not summed over processes", "sum_over_ranks(load, stop)", "sum_over_ranks(stop)", LAYOUTS),
+    Fault("loop", "loads are those of the last micro-batch", "load += out.load", "load = out.load.clone()", LAYOUTS),
+    Fault("loop", "biases of routers stay where they are", "self.model.balance_experts(load)", "pass", LAYOUTS),
+    Fault("transformer", "what is computed again has other inputs", "checkpoint(run, *inputs, ", "checkpoint(lambda x, *rest, seen=[]: run(1.01 * x if seen else seen.append(x) or x, *rest), *inputs, ", LAYOUTS),
 )  # fmt: skip
 
 
 def main() -> int:
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
-    chosen = [fault for fault in FAULTS if wanted in fault.file]
+    chosen = [fault for fault in FAULTS if any(wanted in name for name in (fault.file, *fault.tests))]
     rows, seen = [], set()
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place)
@@ -108,10 +120,11 @@ def main() -> int:
             (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
         for fault in chosen:
             red = _red(copy, fault)
-            seen |= red
+            tests_red = {case.partition("[")[0] for case in red}
+            seen |= tests_red
             rows.append({"file": fault.file, "fault": fault.what, "red": sorted(red)})
-            print(f"{fault.file}: {fault.what}: {len(red)} tests red", flush=True)
-        tests = {test for fault in chosen for name in fault.tests for test in _tests(copy / "tests/ops", name)}
+            print(f"{fault.file}: {fault.what}: {len(tests_red)} tests red, in {len(red)} cases", flush=True)
+        tests = {test for fault in chosen for name in fault.tests for test in _tests(copy, name)}
     missed = [f"{row['file']}: {row['fault']}" for row in rows if not row["red"]]
     never = sorted(test for test in tests - seen if not NOT_RUN.search(test))
     print("\n".join([*(f"no test saw: {fault}" for fault in missed), *(f"never red: {test}" for test in never)]))
@@ -121,25 +134,32 @@ def main() -> int:
 
 
 def _red(copy: Path, fault: Fault) -> set[str]:
-    """Names of the tests, `<file>::<function>`, that fail with the fault in place."""
-    path = copy / "nsa_train" / "ops" / f"{fault.file}.py"
+    """Cases of tests, `<file>::<function>[<case>]`, that fail with the fault in place."""
+    path = _only(copy / "nsa_train", fault.file)
     text = path.read_text()
     if fault.old not in text:
         raise SystemExit(f"{path.name} does not hold {fault.old!r} any more; plant the fault {fault.what!r} anew")
     path.write_text(text.replace(fault.old, fault.new))
-    files = [f"tests/ops/test_{name}.py" for name in fault.tests]
+    files = [_only(copy / "tests", f"test_{name}") for name in fault.tests]
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=no", "-rfE",
-               "-n", "2", "-m", "not gpu", *files]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": f"{copy}:{copy / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+               "-n", "2", "-m", "not gpu", *map(str, files)]  # fmt: skip
+    here = {"PYTHONPATH": f"{copy}:{copy / 'tests'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, cwd=copy, env=os.environ | here, capture_output=True, text=True, check=False)
     path.write_text(text)
     if done.returncode not in (0, 1):
         raise SystemExit(f"{fault.what}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}")
-    return set(re.findall(r"^(?:FAILED|ERROR) tests/ops/test_(\w+\.py::\w+)", done.stdout, flags=re.MULTILINE))
+    failed = r"^(?:FAILED|ERROR) tests/\w+/test_(\w+\.py::\w+(?:\[.*?\])?)(?: - .*)?$"
+    return set(re.findall(failed, done.stdout, flags=re.MULTILINE))
 
 
-def _tests(folder: Path, name: str) -> set[str]:
-    text = (folder / f"test_{name}.py").read_text()
+def _only(folder: Path, name: str) -> Path:
+    """The only file of that name anywhere below a folder."""
+    (path,) = folder.rglob(f"{name}.py")
+    return path
+
+
+def _tests(copy: Path, name: str) -> set[str]:
+    text = _only(copy / "tests", f"test_{name}").read_text()
     return {f"{name}.py::{test}" for test in re.findall(r"^def (test_\w+)", text, flags=re.MULTILINE)}
 
 

@@ -1,8 +1,7 @@
 """No layout changes the result: losses, gradient norms, weights and router biases of 20 steps, one row a layout.
 
-Each row was seen red by a fault of its own: the loss not multiplied by the processes (rows of several), nor by the
-micro-batches (accumulation), a recomputation that sees other inputs (activation checkpointing), labels counted by rank
-or micro-batch instead of by step, loads that are not summed over ranks, pieces of weights saved from a wrong place.
+Each row was seen red: `python scripts/planted_faults.py layouts` plants the faults; docs/reliability.md says what it
+saw.
 """
 
 from functools import partial
