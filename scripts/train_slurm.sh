@@ -27,7 +27,7 @@ announce "$run_dir/logs/<node>.log" "${command[@]}"
 
 # newest: the name of the newest complete checkpoint, nothing without one.
 newest() {
-    find "$run_dir/checkpoints" -maxdepth 1 2> /dev/null | grep -oE 'step_[0-9]+$' | sort -V | tail -n 1
+    find "$run_dir/checkpoints/" -maxdepth 1 2> /dev/null | grep -oE 'step_[0-9]+$' | sort -V | tail -n 1
 }
 idle=$run_dir/logs/idle # holds how many launches of this job in a row have left no new one
 [ "${SLURM_RESTART_COUNT:-0}" != 0 ] || echo 0 > "$idle"

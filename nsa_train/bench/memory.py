@@ -17,7 +17,7 @@ import torch
 
 from nsa_train import runtime
 from nsa_train.bench import results
-from nsa_train.bench.runs import MEASURED_ONLY, RECOMPUTED, parse_on_gpus, parts_recomputed, train_run
+from nsa_train.bench.runs import MEASURED_ONLY, RECOMPUTED, parse_on_gpus, parts_recomputed, sizes_of, train_run
 from nsa_train.config.load import load_config
 from nsa_train.plan.advice import GIB, need
 
@@ -52,7 +52,7 @@ def overrides_of(preset: str, arm: str, T: int, micro_rows: int, gpus: int, rest
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """What tells the runs behind rows apart."""
-    return (*(row[key] for key in KEY), *parts_recomputed(row), *row["overrides"])
+    return (*(row[key] for key in KEY), *parts_recomputed(row), *sizes_of(row))
 
 
 def one_run(case: Case, gpus: int, rest: list[str], folder: Path) -> dict[str, Any]:
@@ -102,10 +102,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--presets", nargs="+", default=["r1", "r2", "m"])
     args = parse_on_gpus(parser, arguments, "memory of GPUs")
     rows: list[dict[str, Any]] = []
+    source = {"command": results.command_line(), "commit": args.commit or runtime.git_commit()}
     name = f"memory_{results.gpu_label()}"
     with tempfile.TemporaryDirectory() as folder:
         for case in (case for case in CASES if case[0] in args.presets):
-            rows.append(one_run(case, args.gpus, args.set, Path(folder)))
+            rows.append(one_run(case, args.gpus, args.set, Path(folder)) | source)
             runtime.log.info("%s", rows[-1])
             every = results.with_earlier(args.out / f"{name}.json", rows, key_of)
             written = results.write_result(name, "memory", every, args.commit, args.out)

@@ -31,6 +31,11 @@ def parts_recomputed(row: dict[str, Any]) -> list[str]:
     return row.get("recomputed", ["attention", "mlp"]) if row["checkpointing"] else []
 
 
+def sizes_of(row: dict[str, Any]) -> list[str]:
+    """Overrides of the run behind a row, but for where its data lie."""
+    return sorted(word for word in row["overrides"] if not word.startswith(("data.corpus=", "data.root=")))
+
+
 @dataclass(frozen=True)
 class Run:
     """command_s  seconds of the whole command; error  why it failed, or None; then `logged` and `summary` are empty

@@ -22,7 +22,7 @@ import torch
 from nsa_train import runtime
 from nsa_train.bench import results
 from nsa_train.bench.figures import plot_training
-from nsa_train.bench.runs import MEASURED_ONLY, parse_on_gpus, parts_recomputed, train_run
+from nsa_train.bench.runs import MEASURED_ONLY, parse_on_gpus, parts_recomputed, sizes_of, train_run
 from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
 from nsa_train.data.stages import largest_divisor
@@ -57,7 +57,7 @@ def overrides_of(preset: str, arm: str, T: int, steps: int, gpus: int, rest: lis
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """What tells the runs behind rows apart."""
-    return (*(row.get(key) for key in KEY), *parts_recomputed(row), *row["overrides"])
+    return (*(row.get(key) for key in KEY), *parts_recomputed(row), *sizes_of(row))
 
 
 def settings_of(row: dict[str, Any]) -> list[str]:

@@ -59,7 +59,8 @@ def prepare(data: DataConfig, vocab: int, progress: Callable[[str], None]) -> Pa
                         _build(data, vocab, building, progress).rename(folder)
                 except ReadFailed as error:
                     raise DataError(
-                        f"{error}; what is finished is kept, and the same command goes on once it can be read"
+                        f"{error}; what is finished is kept in {building}, and the same command goes on once the same "
+                        "file can be read; with another in its place it begins anew"
                     ) from error
                 except DataError:
                     shutil.rmtree(building, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,12 +25,13 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative RMS: sums de
 
 
 def export_model(
-    weights: dict[str, Tensor], rope_factor: float, config: schema.Config, tokenizer: Path, target: Path
-) -> None:
+    weights: dict[str, Tensor], rope_factor: float, config: schema.Config, tokenizer: Path, target: Path,
+    beat: Callable[[], None],
+) -> None:  # fmt: skip
     """Write `target` as a whole; it opens with `AutoModelForCausalLM.from_pretrained` after importing
     `nsa_train.model.pretrained`, with the weights' dtype of the run.
 
-    weights: those of the Transformer by name; rope_factor: of the last stage.
+    weights: those of the Transformer by name; rope_factor: of the last stage; beat: is called as each part has ended.
     It has its name only after it was opened and compared with `weights` (`_check`); else NsaTrainError."""
     from transformers.utils import logging as transformers_logging
 
@@ -51,7 +53,8 @@ def export_model(
         wrapped.save_pretrained(aside)
         for file in tokenizer.parent.glob("tokenizer*"):
             shutil.copy2(file, aside)
-        _check(aside, wrapped, target)
+        beat()
+        _check(aside, wrapped, target, beat)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(aside, target)
     except (OSError, SafetensorError) as error:
@@ -63,7 +66,7 @@ def export_model(
 
 
 @torch.no_grad()
-def _check(aside: Path, written: NSATrainForCausalLM, target: Path) -> None:
+def _check(aside: Path, written: NSATrainForCausalLM, target: Path, beat: Callable[[], None]) -> None:
     """Open the folder as anybody would and compare it with the model that was written, or raise NsaTrainError.
 
     Names, dtypes and bits of all tensors; then the logits of one row, up to TOLERANCE, in which configuration and code
@@ -74,6 +77,7 @@ def _check(aside: Path, written: NSATrainForCausalLM, target: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     opened = AutoModelForCausalLM.from_pretrained(aside)
+    beat()
     want, got = written.state_dict(), opened.state_dict()
     differing = want.keys() ^ got.keys()
     differing |= {name for name in want.keys() & got.keys() if not _same(want[name], got[name])}
@@ -85,7 +89,9 @@ def _check(aside: Path, written: NSATrainForCausalLM, target: Path) -> None:
     config, limit = written.config, TOLERANCE[written.transformer.embed.weight.dtype]
     size = 1, min(ROW_TOKENS, config.max_position_embeddings)
     row = torch.randint(config.vocab_size, size, generator=torch.Generator().manual_seed(0))
-    ours, theirs = _logits(written, row), _logits(opened, row)
+    ours = _logits(written, row)
+    beat()
+    theirs = _logits(opened, row)
     error = float((theirs - ours).square().mean().sqrt() / ours.square().mean().sqrt())
     if not error <= limit:
         raise NsaTrainError(

@@ -77,12 +77,12 @@ class RunFolder:
         if not path.exists():
             return
         try:
-            before = yaml.safe_load(path.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RunFolderError(f"{path} cannot be read ({error}); choose another name=") from error
+            before = read_config(self.path)
+        except RunFolderError as error:
+            raise RunFolderError(f"{error}, or choose another name=") from error
         changed = [
             f"  {key}: {there!r} there, {now!r} now"
-            for key, (there, now) in differing(before, to_tree(self.config), FREE_KEYS).items()
+            for key, (there, now) in differing(to_tree(before), to_tree(self.config), FREE_KEYS).items()
         ]
         if changed:
             raise RunFolderError(

@@ -127,10 +127,9 @@ class _Run:
         self.loaders = {split: Loader(store, self.stages, config.data, config.seed) for split, store in stores.items()}
         self.watchdog.beat()
         self._build()
-        self.clock = Clock()
         self.metrics: Metrics | None = None
         self.wandb_id: str | None = None
-        self.started, self.earlier = time.perf_counter(), 0.0
+        self.clock, self.started, self.earlier = Clock(), time.perf_counter(), 0.0
         self.bad_steps, self.spikes = BadSteps(config.trainer.max_bad_steps), Spikes(config.trainer, device)
         self.load = torch.zeros(len(self.model.routers()), config.moe.experts, device=device)  # since the last log step
 
@@ -186,6 +185,7 @@ class _Run:
             self.progress = Progress(**state["progress"])
             self.spikes.load_state(state["spikes"])
             self.bad_steps.in_a_row = state.get("bad_steps_in_a_row", 0)  # not in checkpoints of older versions
+            self.load += torch.tensor(state.get("load", 0.0), device=self.device)  # nor this
             self.wandb_id = state.get("wandb_id")
         self.metrics = on_main(self._open_metrics)
         self.earlier = self.progress.wall_s
@@ -194,8 +194,7 @@ class _Run:
     def go(self) -> None:
         """Train, and leave a summary however it ends."""
         self.signals.training = True
-        hang_s = self.config.parallel.hang_s
-        with Watchdog(self.folder.path, hang_s, runtime.rank(), FIRST_FAILURE) as self.watchdog:
+        with Watchdog(self.folder.path, self.config.parallel.hang_s, runtime.rank(), FIRST_FAILURE) as self.watchdog:
             try:
                 self._train()
             except BaseException as error:
@@ -216,10 +215,10 @@ class _Run:
         self._measure_documents()
         self.watchdog.beat()
         if self.config.trainer.export:
-            weights = self.engine.whole_weights()
+            weights, target = self.engine.whole_weights(), self.folder.path / "export"
             self.watchdog.beat()
-            tokenizer, target = self.corpus / self.facts["tokenizer"], self.folder.path / "export"
-            on_main(lambda: export_model(weights, self.model.rope_factor, self.config, tokenizer, target))
+            tokenizer, beat = self.corpus / self.facts["tokenizer"], self.watchdog.beat
+            on_main(lambda: export_model(weights, self.model.rope_factor, self.config, tokenizer, target, beat))
 
     def _steps(self, profiler: StepProfiler | None) -> Iterator[dict[str, Any]]:
         """Take the remaining steps; yields each step's figures, equal on all ranks but for `seconds`."""
@@ -334,7 +333,7 @@ class _Run:
         self.progress.last_speed = tokens / self.clock.elapsed()
         row |= {
             "tokens_per_s": self.progress.last_speed, "data_wait_ms": 1e3 * self.clock.waited / self.clock.steps,
-            "mem_gib": runtime.peak_memory_gib(), "dead_experts": (self.load == 0).sum(1).tolist(),
+            "mem_gib": runtime.peak_memory_gib(), "dead_experts": (self.load == 0).sum(1).tolist(),  # sync
         }  # fmt: skip
         self.load.zero_()
         if row["skipped"]:
@@ -383,6 +382,7 @@ class _Run:
             "wandb_id": self.wandb_id,
             "spikes": self.spikes.state(),
             "bad_steps_in_a_row": self.bad_steps.in_a_row,
+            "load": self.load.tolist(),
         }
         checkpoint.save(
             self.checkpoints,

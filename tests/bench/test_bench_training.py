@@ -52,5 +52,5 @@ def test_a_row_takes_the_place_of_an_earlier_one_of_the_same_run(tmp_path):
     path = tmp_path / "training_h100.json"
     others = [OLD | {"checkpointing": False}, OLD | {"recomputed": ["mlp"]}, OLD | {"overrides": ["model.layers=4"]}]
     path.write_text(json.dumps({"rows": [OLD, *others]}))
-    both = OLD | {"recomputed": ["attention", "mlp"]}
+    both = OLD | {"recomputed": ["attention", "mlp"], "overrides": ["data.corpus=elsewhere"]}
     assert with_earlier(path, [both], training.key_of) == [*others, both]

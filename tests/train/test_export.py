@@ -25,7 +25,16 @@ def write(folder, *words, dtype=torch.float32):
         for parameter in model.parameters():
             parameter.data.normal_(std=0.2)
     weights = {**dict(model.named_buffers()), **{name: x.data.to(dtype) for name, x in model.named_parameters()}}
-    export.export_model(weights, config.model.rope_factor, config, folder / "tokenizer.model", folder / "export")
+    ended = []
+    export.export_model(
+        weights,
+        config.model.rope_factor,
+        config,
+        folder / "tokenizer.model",
+        folder / "export",
+        lambda: ended.append(1),
+    )
+    assert len(ended) == 3  # written, opened, and the first model's logits: minutes each, of a large one
     return weights
 
 

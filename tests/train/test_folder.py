@@ -43,6 +43,17 @@ def test_another_configuration_under_the_same_name_is_refused(train, killed):
     assert contents(killed) == before
 
 
+def test_a_run_of_before_a_key_came_goes_on_with_the_value_of_its_recipe(train, killed, whole):
+    path = killed / "config.yaml"
+    words = path.read_text()
+    assert "  force_balance: false\n" in words
+    path.write_text(words.replace("  force_balance: false\n", ""))
+    assert train("trainer.force_balance=true").wait() == 2
+    again = train()
+    assert again.wait() == 0, again.text
+    assert rows(killed) == rows(whole)
+
+
 def test_a_finished_run_says_so_and_changes_nothing(train, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     before = contents(tmp_path / "run")

@@ -52,6 +52,16 @@ def test_a_signal_finishes_the_step_leaves_a_checkpoint_and_the_same_command_goe
     assert rows(run) == rows(whole)
 
 
+def test_dead_experts_between_log_steps_are_those_of_an_uninterrupted_run(train, tmp_path):
+    few = ("trainer.log_every=4", "trainer.steps=8", "trainer.seq_len=16", "trainer.batch_rows=2", "moe.experts=96")
+    assert train(*few, runs=tmp_path / "whole").wait() == 0
+    assert train(*few, before=partial(signal_at, ENGINE, "backward", 6, signal.SIGKILL)).wait() == -9
+    assert train(*few).wait() == 0  # from the checkpoint of step 3
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole" / "run")
+    by_step = {row["step"]: row["dead_experts"] for row in rows(tmp_path / "run") if row["split"] == "train"}
+    assert max(by_step[4] + by_step[8]) > 0
+
+
 def test_a_signal_while_packages_are_imported_ends_with_75(train, tmp_path):
     stopped = train(before=partial(signal_at, "nsa_train.config.load", "load_config", 1, signal.SIGTERM))
     assert stopped.wait() == 75
