@@ -257,8 +257,13 @@ def test_a_slurm_job_is_not_requeued_after_three_launches_in_a_row_without_a_new
     assert len(requeued(tmp_path)) == 3
 
 
-def test_a_slurm_job_is_requeued_as_often_as_it_makes_checkpoints(words, slurm, tmp_path, monkeypatch):
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_slurm_job_is_requeued_as_often_as_it_makes_checkpoints(elsewhere, words, slurm, tmp_path, monkeypatch):
     """Here every second launch makes one."""
+    if elsewhere:
+        for folder in ("run", "large_disk"):
+            (tmp_path / folder).mkdir()
+        (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "large_disk")
     saved = "mkdir -p {folder}/run/checkpoints/step_$((SLURM_RESTART_COUNT / 2 + 9))\nexit {tasks}"
     slurm(ENDING.replace("exit {tasks}", saved), tasks=1, code=75)
     assert [end_again(words, launch, monkeypatch) for launch in range(8)] == [""] * 8
