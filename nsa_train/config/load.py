@@ -188,7 +188,13 @@ def _convert(kind: Any, value: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _convert(next(a for a in args if a is not type(None)), value)
+        wanted = []
+        for one in (a for a in args if a is not type(None)):
+            try:
+                return _convert(one, value)
+            except TypeError as error:
+                wanted.append(str(error))
+        raise TypeError(", or ".join(wanted))
     if origin is Literal:
         if value not in args or isinstance(value, bool):
             raise TypeError("one of " + ", ".join(map(str, args)) + _did_you_mean(str(value), args))

@@ -233,10 +233,10 @@ class OptimConfig:
     clip: float  # global gradient norm; 0 switches it off
 
     def problems(self) -> list[str]:
-        found = _not_positive(self, "lr", "eps")
-        found += [f"{k}={getattr(self, k)} must lie in [0, 1)" for k in ("beta1", "beta2")
-                  if not 0 <= getattr(self, k) < 1]  # fmt: skip
-        return found + _negative(self, "weight_decay", "clip")
+        bad = [
+            f"{k}={getattr(self, k)} must lie in [0, 1)" for k in ("beta1", "beta2") if not 0 <= getattr(self, k) < 1
+        ]
+        return _not_positive(self, "lr", "eps") + bad + _negative(self, "weight_decay", "clip")
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ class TrainerConfig:
     activation_checkpointing: bool
     recomputed: tuple[LayerPart, ...]  # parts of a layer that activation checkpointing computes again
     compile: bool  # torch.compile each layer's attention around the NSA op
-    cuda_graphs: bool  # on a GPU: record a micro-batch's forward and backward pass once, replay it from then on
+    cuda_graphs: bool | Literal["auto"]  # on a GPU: passes are recorded and replayed; auto: where nothing is against it
     force_balance: bool  # every expert gets as many tokens, whatever the router says: for benchmarks only
     loss_chunk_tokens: int  # logits exist for so many tokens at once
     log_every: int
@@ -426,12 +426,12 @@ class Config:
     profile: ProfileConfig
 
     def problems(self) -> list[str]:
-        found = []
+        found = _negative(self, "seed")
         if not SAFE_NAME.fullmatch(self.name):
             found.append(f"name={self.name!r} may hold letters, digits and . _ - only, 100 at most")
-        found += _negative(self, "seed")
-        rows = {"trainer": self.trainer.seq_len}
-        rows |= {f"stages.parts.{name}": part.seq_len for name, part in self.stages.parts.items()}
+        rows = {"trainer": self.trainer.seq_len} | {
+            f"stages.parts.{n}": p.seq_len for n, p in self.stages.parts.items()
+        }
         for place, seq_len in rows.items():
             if seq_len > self.model.max_seq_len:
                 found.append(
@@ -440,7 +440,9 @@ class Config:
                 )
             if self.data.align > 0 and seq_len % self.data.align:
                 found.append(f"{place}.seq_len={seq_len} is not a multiple of data.align={self.data.align}")
-        found += self._stage_problems() + self._graph_problems()
+        found += self._stage_problems()
+        if self.trainer.cuda_graphs is True and (against := ", ".join(self._against_graphs())):
+            found.append(f"trainer.cuda_graphs=true does not go with {against}; leave it false, or auto")
         if self.trainer.seq_len < 2:
             found.append(f"trainer.seq_len={self.trainer.seq_len} leaves nothing to predict; use at least 2")
         if self.parallel.zero_stage == 1 and self.trainer.dtype == "bf16":
@@ -449,7 +451,7 @@ class Config:
             found.append(f"trainer.steps={self.trainer.steps} are too few; use {needed} or a lower profile.skip")
         return found
 
-    def _graph_problems(self) -> list[str]:
+    def _against_graphs(self) -> list[str]:
         """What reads lengths of documents on the host, asks the device, or moves weights and gradients."""
         attention, parallel, trainer = self.attention, self.parallel, self.trainer
         against = {
@@ -462,8 +464,12 @@ class Config:
             "parallel.zero_stage=3": parallel.zero_stage == 3,
             "parallel.offload_optimizer=cpu": parallel.offload_optimizer == "cpu",
         }
-        found = ", ".join(key for key, so in against.items() if so and trainer.cuda_graphs)
-        return [f"trainer.cuda_graphs=true does not go with {found}; leave it false"] if found else []
+        return [key for key, so in against.items() if so]
+
+    @property
+    def in_graphs(self) -> bool:
+        """Whether passes are to be replayed as CUDA graphs."""
+        return self.trainer.cuda_graphs is True or (self.trainer.cuda_graphs == "auto" and not self._against_graphs())
 
     def _stage_problems(self) -> list[str]:
         step_tokens = self.trainer.seq_len * self.trainer.batch_rows

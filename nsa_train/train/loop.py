@@ -229,7 +229,7 @@ class _Run:
         self.clock.reset()
         first = self.progress.step
         for step in range(first, trainer.steps):
-            if trainer.cuda_graphs and step == first + self.config.profile.until_written:
+            if self.config.in_graphs and step == first + self.config.profile.until_written:
                 said = replay_passes(self.model, self.device)
                 if self.metrics:
                     self.metrics.say(said)

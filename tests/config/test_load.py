@@ -273,7 +273,19 @@ def test_cuda_graphs_are_refused_with_the_keys_that_they_do_not_go_with(override
 
 @pytest.mark.parametrize("arm", ["nsa", "nsa_no_win", "nsa_shared_kv", "window"])
 def test_cuda_graphs_go_with_arms_whose_passes_know_documents_on_the_device_only(arm):
-    assert load_config([f"attention={arm}", "trainer.cuda_graphs=true", "parallel=zero1"]).trainer.cuda_graphs
+    for asked in ("true", "auto"):
+        assert load_config([f"attention={arm}", f"trainer.cuda_graphs={asked}", "parallel=zero1"]).in_graphs
+
+
+@pytest.mark.parametrize(
+    "words", [["trainer.cuda_graphs=false"], ["attention=full"], ["trainer.compile=true"], ["trainer.dtype=fp32"]]
+)
+def test_auto_takes_graphs_only_where_nothing_is_against_them(words):
+    assert not load_config(["trainer.cuda_graphs=auto", *words]).in_graphs
+
+
+def test_a_key_of_two_kinds_says_both():
+    assert "trainer.cuda_graphs='fast' must be true or false, or one of auto" in refusal("trainer.cuda_graphs=fast")
 
 
 def test_rows_that_the_processes_cannot_share_are_refused_for_every_stage():

@@ -196,7 +196,7 @@ def test_a_run_with_replayed_passes_has_the_losses_and_weights_of_a_plain_one(wo
             *PROFILED,
             "trainer.micro_rows=1",
             f"name={name}",
-            f"trainer.cuda_graphs={name == 'replayed'}",
+            f"trainer.cuda_graphs={'auto' if name == 'replayed' else 'false'}",
         ]
         jobs = train_ranks(world, *words, before=before)
         assert [job.wait() for job in jobs] == [0] * world, "\n".join(job.text for job in jobs)
