@@ -233,9 +233,8 @@ class OptimConfig:
     clip: float  # global gradient norm; 0 switches it off
 
     def problems(self) -> list[str]:
-        bad = [
-            f"{k}={getattr(self, k)} must lie in [0, 1)" for k in ("beta1", "beta2") if not 0 <= getattr(self, k) < 1
-        ]
+        betas = {key: getattr(self, key) for key in ("beta1", "beta2")}
+        bad = [f"{key}={beta} must lie in [0, 1)" for key, beta in betas.items() if not 0 <= beta < 1]
         return _not_positive(self, "lr", "eps") + bad + _negative(self, "weight_decay", "clip")
 
 
@@ -429,10 +428,8 @@ class Config:
         found = _negative(self, "seed")
         if not SAFE_NAME.fullmatch(self.name):
             found.append(f"name={self.name!r} may hold letters, digits and . _ - only, 100 at most")
-        rows = {"trainer": self.trainer.seq_len} | {
-            f"stages.parts.{n}": p.seq_len for n, p in self.stages.parts.items()
-        }
-        for place, seq_len in rows.items():
+        rows = {f"stages.parts.{name}": part.seq_len for name, part in self.stages.parts.items()}
+        for place, seq_len in {"trainer": self.trainer.seq_len, **rows}.items():
             if seq_len > self.model.max_seq_len:
                 found.append(
                     f"{place}.seq_len={seq_len} is beyond model.max_seq_len={self.model.max_seq_len}; "
@@ -490,9 +487,8 @@ class Config:
 
     def sharing_problems(self, processes: int) -> list[str]:
         """Rows of a step that so many processes cannot share evenly."""
-        batch_rows, rows = self.trainer.batch_rows, {}
-        if not self.stages.parts:
-            rows[f"trainer.batch_rows={batch_rows} is"] = batch_rows
+        batch_rows = self.trainer.batch_rows
+        rows = {} if self.stages.parts else {f"trainer.batch_rows={batch_rows} is": batch_rows}
         for name, part in self.stages.parts.items():
             number = batch_rows * self.trainer.seq_len // max(1, part.seq_len)
             rows[f"stages.parts.{name}: {number} rows of {part.seq_len} tokens in a step are"] = number
