@@ -210,11 +210,18 @@ def _devices() -> list[str | None]:
 
 
 def sweep(queue: Queue, arms: list[str], lrs: list[float], overrides: list[str]) -> int:
-    """Train each arm with each learning rate; keep the best by held-out loss, a diverged run counting as worst."""
+    """Train each arm with each learning rate; keep the best by held-out loss, a diverged run counting as worst.
+
+    When stopped, what is known of arms that are whole is kept, too.
+    """
     jobs = {(arm, lr): Job.of(f"{arm}-lr{lr:g}", *overrides, f"attention={arm}", f"optim.lr={lr}")
             for arm in arms for lr in sorted(lrs)}  # fmt: skip
-    queue.train([job for job in jobs.values() if not job.diverged])
-    rows = []
+    stopped, rows = None, []
+    try:
+        queue.train([job for job in jobs.values() if not job.diverged])
+    except Interrupted as stop:
+        stopped = stop
+        arms = [arm for arm in arms if all(job.trained or job.diverged for (of, _), job in jobs.items() if of == arm)]
     for arm in arms:
         losses = {lr: _final_loss(jobs[arm, lr]) for lr in sorted(lrs)}
         finite = {lr: loss for lr, loss in losses.items() if loss is not None}
@@ -230,8 +237,11 @@ def sweep(queue: Queue, arms: list[str], lrs: list[float], overrides: list[str])
         print(f"{arm}: best learning rate {best:g} of {shown}" + ("; at the edge: extend --lrs" if edge else ""))
     config = next(iter(jobs.values())).config
     path = Path(config.runs_dir, f"{config.experiment}-lr.json")
-    rows = results.with_earlier(path, rows, lambda row: row["arm"])
-    print(results.write_result(path.stem, "sweep", rows, folder=path.parent))
+    if rows:
+        rows = results.with_earlier(path, rows, lambda row: row["arm"])
+        print(results.write_result(path.stem, "sweep", rows, folder=path.parent))
+    if stopped:
+        raise stopped
     return 0
 
 

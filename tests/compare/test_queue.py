@@ -58,6 +58,22 @@ def test_a_sweep_keeps_the_rows_of_other_arms(tmp_path):
     assert {row["arm"]: row["lr"] for row in rows} == {"nsa": 2e-3, "window": 2e-3, "full": 2e-3}
 
 
+def test_a_sweep_that_is_stopped_keeps_what_it_knows_of_whole_arms(tmp_path, monkeypatch):
+    def stop(jobs):
+        raise Interrupted("stopped, checkpoints written; the same command goes on")
+
+    script, queue = load_script("compare_arms", monkeypatch), SimpleNamespace(train=stop)
+    words, path = [*SWEEP, f"runs_dir={tmp_path}", "seed=0"], tmp_path / "tiny-lr.json"
+    for finished in ([], [("nsa", 1e-3)], [("full", 1e-3), ("full", 2e-3)]):
+        for arm, lr in finished:
+            make_run(tmp_path, arm, overrides=[f"name=tiny-{arm}-lr{lr:g}", f"optim.lr={lr}", *SWEEP],
+                     summary={"val_loss_last": 5.0 - 100 * lr})  # fmt: skip
+        assert not path.exists()
+        with pytest.raises(Interrupted, match="the same command goes on"):
+            script.sweep(queue, ["nsa", "full"], [1e-3, 2e-3], words)
+    assert [(row["arm"], row["lr"]) for row in json.loads(path.read_text())["rows"]] == [("full", 2e-3)]
+
+
 def test_a_rate_that_diverges_is_worse_than_any(tmp_path):
     done = swept(tmp_path, {("full", 1e-3): 9.0, ("full", 2e-3): None})
     assert done.returncode == 0, done.stderr
