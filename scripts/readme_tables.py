@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,27 +28,32 @@ RUN_KEYS = ("trainer.", "data.")  # of overrides that change the run, not the mo
 NAMED = ("trainer.cuda_graphs=true", "trainer.force_balance=true")  # all the same
 
 
+def _rows(kind: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Of each file <kind>_*.json its head and, one after another, its rows."""
+    for path in sorted(RESULTS.glob(f"{kind}_*.json")):
+        result = json.loads(path.read_text())
+        yield from ((result, row) for row in result["rows"])
+
+
 def first_run() -> str:
     """One line per machine and arm of `make train`."""
     lines = [
         "| machine | attention | held-out loss, nats per token | unigram entropy | tokens/s | whole command | commit |",
         "|---|---|---|---|---|---|---|",
     ]
-    for path in sorted(RESULTS.glob("first_run_*.json")):
-        result = json.loads(path.read_text())
+    for result, row in _rows("first_run"):
         device = result["device"]
         machine = (
             f"1 x {device['name']}, bf16" if device["sm"] else f"{device['count']} cores of {device['name']}, fp32"
         )
-        for row in result["rows"]:
-            if "error" in row:
-                lines.append(f"| {machine} | {row['attention']} | {row['error']} | | | | |")
-                continue
-            lines.append(
-                f"| {machine} | `{row['attention']}` | {row['val_loss_first']:.2f} -> **{row['val_loss_last']:.2f}** | "
-                f"{row['unigram_entropy']:.2f} | {row['tokens_per_s']:,.0f} | {row['command_s']:.0f} s | "
-                f"{(result['commit'] or '-')[:7]} |"
-            )
+        if "error" in row:
+            lines.append(f"| {machine} | {row['attention']} | {row['error']} | | | | |")
+            continue
+        lines.append(
+            f"| {machine} | `{row['attention']}` | {row['val_loss_first']:.2f} -> **{row['val_loss_last']:.2f}** | "
+            f"{row['unigram_entropy']:.2f} | {row['tokens_per_s']:,.0f} | {row['command_s']:.0f} s | "
+            f"{(result['commit'] or '-')[:7]} |"
+        )
     return "\n".join(lines)
 
 
@@ -86,8 +92,7 @@ def attention_line(result: dict[str, Any], op: dict[str, Any]) -> str:
 
 def memory_plan() -> str:
     """The plan's memory beside what a GPU saw, all machines in one table."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("memory_*.json"))]
-    return memory.markdown([(result["device"]["name"], row) for result in results for row in result["rows"]])
+    return memory.markdown([(result["device"]["name"], row) for result, row in _rows("memory")])
 
 
 def training() -> str:
@@ -97,26 +102,24 @@ def training() -> str:
         "| peak GiB | planned GiB | commit |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for path in sorted(RESULTS.glob("training_*.json")):
-        result = json.loads(path.read_text())
-        for row in result["rows"]:
-            again = ", ".join(parts_recomputed(row)) or "no"
-            planned = need(load_config(settings_of(row)), row["gpus"]).total / GIB
-            named = [word for word in row["overrides"] if word in NAMED or not word.startswith(RUN_KEYS)]
-            words = [row["preset"], *named]
-            model = " ".join(f"`{word}`" for word in words)
-            arm = " ".join([f"`{row['attention']}`", *row.get("dense_kernels", [])])
-            start = (
-                f"| {row['gpus']} x {result['device']['name']} | {model} | {arm} | "
-                f"{row['T'] // 1024}k | {row['T'] * row['micro_batch'] // 1024}k | {again} | "
-            )
-            if "error" in row:
-                lines.append(f"{start}failed | | | | {planned:.1f} | {row['commit'][:7]} |")
-                continue
-            lines.append(
-                f"{start}{row['tokens_per_s']:,.0f} | {row['mfu_executed']:.1%} | {row['mfu_dense']:.1%} | "
-                f"{row['peak_gib']:.1f} | {planned:.1f} | {row['commit'][:7]} |"
-            )
+    for result, row in _rows("training"):
+        again = ", ".join(parts_recomputed(row)) or "no"
+        planned = need(load_config(settings_of(row)), row["gpus"]).total / GIB
+        named = [word for word in row["overrides"] if word in NAMED or not word.startswith(RUN_KEYS)]
+        words = [row["preset"], *named]
+        model = " ".join(f"`{word}`" for word in words)
+        arm = " ".join([f"`{row['attention']}`", *row.get("dense_kernels", [])])
+        start = (
+            f"| {row['gpus']} x {result['device']['name']} | {model} | {arm} | "
+            f"{row['T'] // 1024}k | {row['T'] * row['micro_batch'] // 1024}k | {again} | "
+        )
+        if "error" in row:
+            lines.append(f"{start}failed | | | | {planned:.1f} | {row['commit'][:7]} |")
+            continue
+        lines.append(
+            f"{start}{row['tokens_per_s']:,.0f} | {row['mfu_executed']:.1%} | {row['mfu_dense']:.1%} | "
+            f"{row['peak_gib']:.1f} | {planned:.1f} | {row['commit'][:7]} |"
+        )
     return "\n".join(lines)
 
 
@@ -126,29 +129,25 @@ def layers() -> str:
         "| GPU | preset | T | part | implementation | ms | peak GiB | relative error |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for path in sorted(RESULTS.glob("layers_*.json")):
-        result = json.loads(path.read_text())
-        for row in result["rows"]:
-            place = f"{result['device']['name']} | `{row['preset']}` | {row['T'] // 1024}k"
-            start = f"| {place} | {row['part']} | {row['impl']} | "
-            if "error" in row:
-                lines.append(f"{start}failed | | |")
-                continue
-            lines.append(f"{start}{row['ms']:.3f} | {row['peak_gib']:.2f} | {row['rel_err']:.1e} |")
+    for result, row in _rows("layers"):
+        place = f"{result['device']['name']} | `{row['preset']}` | {row['T'] // 1024}k"
+        start = f"| {place} | {row['part']} | {row['impl']} | "
+        if "error" in row:
+            lines.append(f"{start}failed | | |")
+            continue
+        lines.append(f"{start}{row['ms']:.3f} | {row['peak_gib']:.2f} | {row['rel_err']:.1e} |")
     return "\n".join(lines)
 
 
 def moe() -> str:
     """Milliseconds of a forward and backward pass of the MoE layers."""
     lines = ["| GPU | layer | load of the experts | ms | peak GiB | relative error |", "|---|---|---|---|---|---|"]
-    for path in sorted(RESULTS.glob("moe_*.json")):
-        result = json.loads(path.read_text())
-        for row in result["rows"]:
-            start = f"| {result['device']['name']} | {row['impl']} | {row['load']} | "
-            if "error" in row:
-                lines.append(f"{start}failed | | |")
-                continue
-            lines.append(f"{start}{row['ms']:.1f} | {row['peak_gib']:.1f} | {row['rel_err']:.1e} |")
+    for result, row in _rows("moe"):
+        start = f"| {result['device']['name']} | {row['impl']} | {row['load']} | "
+        if "error" in row:
+            lines.append(f"{start}failed | | |")
+            continue
+        lines.append(f"{start}{row['ms']:.1f} | {row['peak_gib']:.1f} | {row['rel_err']:.1e} |")
     return "\n".join(lines)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -22,7 +21,7 @@ from nsa_train.bench import results
 from nsa_train.bench.exact import attention_of_rows
 from nsa_train.bench.figures import plot_attention
 from nsa_train.bench.inputs import Shape, index_set, realistic_lengths
-from nsa_train.bench.timing import Timed, relative_error, take_turns
+from nsa_train.bench.timing import Timed, relative_error, spread, take_turns
 from nsa_train.bench.trained import TrainedBlocks
 from nsa_train.errors import NsaTrainError
 from nsa_train.model.branches import PHI
@@ -223,7 +222,7 @@ def rows_of(
     rows = []
     for (impl, name, direction), ms in times.items():
         row = {"impl": impl, "part": name, "pass": direction, **head, "indices": None if name == "dense" else indices}
-        row |= {"ms": statistics.median(ms), "ms_min": min(ms), "ms_max": max(ms), "turns": len(ms)}
+        row |= spread(ms)
         if name == "op":
             row |= {"peak_gib": peak, "rel_err": max(errors.values(), default=None), "rel_errs": errors}
         rows.append(row)

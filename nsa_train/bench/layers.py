@@ -8,31 +8,28 @@ Liger's kernels count where the package `liger-kernel` is installed.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nsa_train import runtime
 from nsa_train.bench import results
-from nsa_train.bench.timing import Timed, peak_gib, relative_error, take_turns
+from nsa_train.bench.timing import Timed, relative_error, side_by_side
 from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
 from nsa_train.errors import NsaTrainError
 from nsa_train.model.layers import rope_angles
-from nsa_train.ops.experts import swiglu
+from nsa_train.ops.experts import plain_swiglu, swiglu
 from nsa_train.ops.loss import chunked_token_losses, token_losses
-from nsa_train.ops.norm import sum_and_norm
-from nsa_train.ops.rope import rotate
+from nsa_train.ops.norm import plain_sum_and_norm, sum_and_norm
+from nsa_train.ops.rope import plain_rotate, rotate
 
 Outputs = tuple[Tensor, ...]
 Work = Callable[..., Outputs]
-FAILURES = (RuntimeError, ValueError, TypeError, ImportError)
 
 
 class Part(NamedTuple):
@@ -58,17 +55,6 @@ def parts(config: Config, tokens: int, device: str, dtype: torch.dtype) -> dict[
     labels = torch.randint(V, (T,), generator=generator).to(device)
     cos, sin = rope_angles(torch.arange(T, device=device), model.key_dim, model.rope_theta)
     chunk = config.trainer.loss_chunk_tokens
-
-    def sum_and_plain_norm(x: Tensor, y: Tensor, weight: Tensor) -> Outputs:
-        return x + y, F.rms_norm(x + y, (M,), weight, eps)
-
-    def plain_rotate(x: Tensor) -> Outputs:
-        a, b = x.float().chunk(2, dim=-1)
-        return (torch.cat([a * cos[:, None] - b * sin[:, None], b * cos[:, None] + a * sin[:, None]], -1).to(x.dtype),)
-
-    def plain_swiglu(gate_up: Tensor) -> Outputs:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return (F.silu(gate) * up,)
 
     def liger_norm() -> Work:
         from liger_kernel.ops import LigerFusedAddRMSNormFunction
@@ -100,10 +86,11 @@ def parts(config: Config, tokens: int, device: str, dtype: torch.dtype) -> dict[
 
     return {
         "norm": Part(
-            (x, y, drawn(M)), lambda x, y, weight: sum_and_norm(x, y, weight, eps), sum_and_plain_norm, liger_norm
+            (x, y, drawn(M)), lambda x, y, weight: sum_and_norm(x, y, weight, eps),
+            lambda x, y, weight: plain_sum_and_norm(x, y, weight, eps), liger_norm,
         ),
-        "rope": Part((q,), lambda x: (rotate(x, cos, sin),), plain_rotate, liger_rope),
-        "swiglu": Part((gate_up,), lambda gate_up: (swiglu(gate_up),), plain_swiglu, liger_swiglu),
+        "rope": Part((q,), lambda x: (rotate(x, cos, sin),), lambda x: (plain_rotate(x, cos, sin),), liger_rope),
+        "swiglu": Part((gate_up,), lambda x: (swiglu(x),), lambda x: (plain_swiglu(x),), liger_swiglu),
         "loss": Part(
             (x, head),
             lambda hidden, weight: (chunked_token_losses(hidden, weight, labels, chunk).sum(),),
@@ -131,20 +118,17 @@ def one_pass(work: Work, leaves: tuple[Tensor, ...]) -> Outputs:
 def rows_of(name: str, part: Part, head: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
     """A row for each implementation; one that cannot run has `error` in place of figures."""
     want = one_pass(part.plain, tuple(leaf.float() for leaf in part.leaves))
-    rows: dict[str, dict[str, Any]] = {}
-    works: dict[str, Timed] = {}
-    for impl, make in implementations(part).items():
-        row = {"part": name, "impl": impl, **head}
-        try:
-            work = partial(one_pass, make(), part.leaves)
-            errors = [relative_error(got, exactly) for got, exactly in zip(work(), want, strict=True)]
-            rows[impl] = row | {"rel_err": max(errors), "peak_gib": peak_gib(work)}
-            works[impl] = work
-        except FAILURES as error:
-            rows[impl] = row | {"error": str(error)[:300]}
-    for impl, ms in take_turns(works, seconds, max_turns=50).items():
-        rows[impl] |= {"ms": statistics.median(ms), "ms_min": min(ms), "ms_max": max(ms), "turns": len(ms)}
-    return list(rows.values())
+
+    def error_of(got: Outputs) -> float:
+        return max(relative_error(one, exactly) for one, exactly in zip(got, want, strict=True))
+
+    makes = {impl: partial(_passes, make, part) for impl, make in implementations(part).items()}
+    found = side_by_side(makes, error_of, seconds)
+    return [{"part": name, "impl": impl, **head, **row} for impl, row in found.items()]
+
+
+def _passes(make: Callable[[], Work], part: Part) -> Timed:
+    return partial(one_pass, make(), part.leaves)
 
 
 def main(arguments: list[str]) -> int:

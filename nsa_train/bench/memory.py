@@ -10,21 +10,22 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nsa_train import runtime
-from nsa_train.bench import results
-from nsa_train.bench.runs import MEASURED_ONLY, RECOMPUTED, parse_on_gpus, parts_recomputed, sizes_of, train_run
+from nsa_train.bench import results, runs
+from nsa_train.bench.runs import MEASURED_ONLY, RECOMPUTED, parse_on_gpus, parts_recomputed, train_run
 from nsa_train.config.load import load_config
 from nsa_train.plan.advice import GIB, need
 
 Case = tuple[str, str, int, int, tuple[str, ...]]  # preset, arm, T, rows of a forward pass, overrides
 
 STEPS, MICRO_BATCHES = 3, 2
-KEY = ("preset", "attention", "T", "micro_rows", "dtype", "checkpointing", "zero", "gpus")
+key_of = partial(runs.key_of, keys=("preset", "attention", "T", "micro_rows", "dtype", "checkpointing", "zero", "gpus"))
 # ZeRO 1 takes fp32 only: it would sum gradients in bf16.
 CASES: tuple[Case, ...] = (
     ("r1", "nsa", 8192, 8, ()),
@@ -48,11 +49,6 @@ def overrides_of(preset: str, arm: str, T: int, micro_rows: int, gpus: int, rest
         f"trainer.batch_rows={micro_rows * MICRO_BATCHES * gpus}", f"trainer.steps={STEPS}", "trainer.log_every=1",
         f"trainer.val_every={STEPS}", *MEASURED_ONLY, *rest,
     ]  # fmt: skip
-
-
-def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells the runs behind rows apart."""
-    return (*(row[key] for key in KEY), *parts_recomputed(row), *sizes_of(row))
 
 
 def one_run(case: Case, gpus: int, rest: list[str], folder: Path) -> dict[str, Any]:
@@ -102,7 +98,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--presets", nargs="+", default=["r1", "r2", "m"])
     args = parse_on_gpus(parser, arguments, "memory of GPUs")
     rows: list[dict[str, Any]] = []
-    source = {"command": results.command_line(), "commit": args.commit or runtime.git_commit()}
+    source = results.source(args.commit)
     name = f"memory_{results.gpu_label()}"
     with tempfile.TemporaryDirectory() as folder:
         for case in (case for case in CASES if case[0] in args.presets):

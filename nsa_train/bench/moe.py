@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from nsa_train import runtime
 from nsa_train.bench import results
-from nsa_train.bench.timing import Timed, peak_gib, relative_error, take_turns
+from nsa_train.bench.timing import Timed, relative_error, side_by_side
 from nsa_train.config.schema import MoEConfig
 from nsa_train.errors import NsaTrainError
 from nsa_train.model.router import Router
@@ -134,19 +133,16 @@ def rows_of(case: Case, head: dict[str, Any], seconds: float) -> list[dict[str, 
     """A row for each layer; one that cannot run has `error` in place of figures."""
     exact = case.in_fp32(CHECKED_TOKENS)
     want = one_pass(*exact.ours(), exact.x, exact.grad)
-    rows: dict[str, dict[str, Any]] = {}
-    works: dict[str, Timed] = {}
-    for impl, make in LAYERS.items():
-        try:
-            work = partial(one_pass, *make(case), case.x, case.grad)
-            errors = [relative_error(got[:CHECKED_TOKENS], exactly) for got, exactly in zip(work(), want, strict=True)]
-            rows[impl] = {"impl": impl, **head, "rel_err": max(errors), "peak_gib": peak_gib(work)}
-            works[impl] = work
-        except (RuntimeError, ValueError, TypeError, ImportError) as error:
-            rows[impl] = {"impl": impl, **head, "error": str(error)[:300]}
-    for impl, ms in take_turns(works, seconds, max_turns=50).items():
-        rows[impl] |= {"ms": statistics.median(ms), "ms_min": min(ms), "ms_max": max(ms), "turns": len(ms)}
-    return list(rows.values())
+
+    def error_of(got: list[Tensor]) -> float:
+        return max(relative_error(one[:CHECKED_TOKENS], exactly) for one, exactly in zip(got, want, strict=True))
+
+    found = side_by_side({impl: partial(_passes, make, case) for impl, make in LAYERS.items()}, error_of, seconds)
+    return [{"impl": impl, **head, **row} for impl, row in found.items()]
+
+
+def _passes(make: Callable[[Case], tuple[Layer, list[nn.Parameter]]], case: Case) -> Timed:
+    return partial(one_pass, *make(case), case.x, case.grad)
 
 
 def main(arguments: list[str]) -> int:

@@ -57,6 +57,11 @@ def command_line() -> str:
     return shlex.join([*program, *sys.argv[1:]])
 
 
+def source(commit: str | None) -> dict[str, Any]:
+    """command and commit of a measurement; `commit` names the source where the checkout does not."""
+    return {"command": command_line(), "commit": commit or runtime.git_commit()}
+
+
 def with_earlier(
     path: Path, rows: list[dict[str, Any]], key_of: Callable[[dict[str, Any]], Hashable]
 ) -> list[dict[str, Any]]:
@@ -76,8 +81,7 @@ def write_result(
     path = folder / f"{name}.json"
     head = {
         "schema": f"nsa-train/{kind}/1",
-        "command": command_line(),
-        "commit": commit or runtime.git_commit(),
+        **source(commit),
         "date": datetime.date.today().isoformat(),
         "device": device_facts(),
         "versions": runtime.versions(),

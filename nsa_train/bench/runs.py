@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -31,9 +32,10 @@ def parts_recomputed(row: dict[str, Any]) -> list[str]:
     return row.get("recomputed", ["attention", "mlp"]) if row["checkpointing"] else []
 
 
-def sizes_of(row: dict[str, Any]) -> list[str]:
-    """Overrides of the run behind a row, but for where its data lie."""
-    return sorted(word for word in row["overrides"] if not word.startswith(("data.corpus=", "data.root=")))
+def key_of(row: dict[str, Any], keys: Sequence[str]) -> tuple[Any, ...]:
+    """What tells the runs behind rows apart: these keys, what is recomputed, and overrides but for where data lie."""
+    overrides = sorted(word for word in row["overrides"] if not word.startswith(("data.corpus=", "data.root=")))
+    return (*(row.get(key) for key in keys), *parts_recomputed(row), *overrides)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 QUEUED_CYCLES = 40_000_000  # about 25 ms: launches queue up behind this, so that the host's time does not show
 Timed = Callable[[], Any]
+FAILURES = (RuntimeError, ValueError, TypeError, ImportError)  # of an implementation that cannot run here
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -47,3 +49,30 @@ def take_turns(timed: dict[Any, Timed], seconds: float, max_turns: int) -> dict[
         if turn >= 2 and time.perf_counter() > deadline:
             break
     return found
+
+
+def spread(ms: list[float]) -> dict[str, Any]:
+    """What a row says of its turns."""
+    return {"ms": statistics.median(ms), "ms_min": min(ms), "ms_max": max(ms), "turns": len(ms)}
+
+
+def side_by_side(
+    makes: Mapping[str, Callable[[], Timed]], error_of: Callable[[Any], float], seconds: float
+) -> dict[str, dict[str, Any]]:
+    """Figures of each implementation: error, memory and times; of one that cannot run `error` in their place.
+
+    makes     gives what is timed
+    error_of  of what that gives
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    works: dict[str, Timed] = {}
+    for impl, make in makes.items():
+        try:
+            work = make()
+            rows[impl] = {"rel_err": error_of(work()), "peak_gib": peak_gib(work)}
+            works[impl] = work
+        except FAILURES as error:
+            rows[impl] = {"error": str(error)[:300]}
+    for impl, ms in take_turns(works, seconds, max_turns=50).items():
+        rows[impl] |= spread(ms)
+    return rows

@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from typing import Any
 import torch
 
 from nsa_train import runtime
-from nsa_train.bench import results
+from nsa_train.bench import results, runs
 from nsa_train.bench.figures import plot_training
-from nsa_train.bench.runs import MEASURED_ONLY, parse_on_gpus, parts_recomputed, sizes_of, train_run
+from nsa_train.bench.runs import MEASURED_ONLY, parse_on_gpus, parts_recomputed, train_run
 from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
 from nsa_train.data.stages import largest_divisor
@@ -33,7 +34,9 @@ from nsa_train.plan.speed import GPUS, kind_of
 
 LOG_EVERY, SPEEDS = 3, 3  # steps that a speed is a mean over, and so many of these at least
 PROFILE = ("profile=trace", "profile.skip=6", "profile.steps=1")
-KEY = ("preset", "attention", "T", "gpus", "zero", "micro_batch", "batch_rows", "checkpointing")
+key_of = partial(
+    runs.key_of, keys=("preset", "attention", "T", "gpus", "zero", "micro_batch", "batch_rows", "checkpointing")
+)
 PROFILED = 9  # steps after which start-up, compilation and profile are over
 LEAST_STEPS = PROFILED + LOG_EVERY * SPEEDS
 
@@ -53,11 +56,6 @@ def overrides_of(preset: str, arm: str, T: int, steps: int, gpus: int, rest: lis
     run = Run(load_config(words), gpus, kind)
     choices = [run, *recomputation(run)]  # none that fits: the one that recomputes most
     return [*words, *next((c for c in choices if need(c.config, gpus).total <= room(GPUS[kind])), choices[-1]).words]
-
-
-def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells the runs behind rows apart."""
-    return (*(row.get(key) for key in KEY), *parts_recomputed(row), *sizes_of(row))
 
 
 def settings_of(row: dict[str, Any]) -> list[str]:
@@ -122,7 +120,7 @@ def main(arguments: list[str]) -> int:
         raise NsaTrainError(f"bench training: --steps {args.steps} is too few for a speed; use {LEAST_STEPS} or more")
     rows: list[dict[str, Any]] = []
     name = f"training_{results.gpu_label()}"
-    source = {"command": results.command_line(), "commit": args.commit or runtime.git_commit()}
+    source = results.source(args.commit)
     with tempfile.TemporaryDirectory() as folder:
         for preset, T, arm in product(args.presets, args.lengths, args.arms):
             rows.append(one_run(preset, arm, T, args.steps, args.gpus, args.set, Path(folder)) | source)

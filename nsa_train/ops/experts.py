@@ -47,6 +47,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up: [R, 2 F] -> [R, F]."""
     if on_kernels(gate_up):
         return _SwiGLU.apply(gate_up)
+    return plain_swiglu(gate_up)
+
+
+def plain_swiglu(gate_up: Tensor) -> Tensor:
+    """`swiglu` by PyTorch's operations."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 

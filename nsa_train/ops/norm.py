@@ -142,5 +142,10 @@ def sum_and_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tens
     """x + y, rounded as ever, and its `rms_norm`."""
     if on_kernels(x) and x.shape[1] <= WIDEST:
         return _SumNorm.apply(x.contiguous(), y.contiguous(), weight, eps)
+    return plain_sum_and_norm(x, y, weight, eps)
+
+
+def plain_sum_and_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`sum_and_norm` by PyTorch's operations."""
     total = x + y
     return total, F.rms_norm(total, x.shape[1:], weight, eps)

@@ -61,6 +61,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (i, i + D/2) of x [T, H, D] by angles with these cos and sin [T, D/2] fp32; dtype of x."""
     if on_kernels(x):
         return _Rotate.apply(x, cos.contiguous(), sin.contiguous())
+    return plain_rotate(x, cos, sin)
+
+
+def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` by PyTorch's operations."""
     a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)

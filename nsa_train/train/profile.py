@@ -21,6 +21,7 @@ from nsa_train.config.schema import ProfileConfig
 
 PARTS = ("embedding", "attention", "norms", "router", "experts", "dense MLP", "head", "optimizer")
 DENSE = ("attention, full", "attention, win")  # inside "attention": library kernels, of which no name tells the part
+NAMES = {*PARTS, *DENSE}
 KERNELS = {  # beginnings of kernels' names that say more than the part around them
     "_compressed": "attention, cmp", "_importance": "attention, selection", "_topn": "attention, selection",
     "_selected": "attention, slc", "_win": "attention, win", "_combine": "attention, gates", "nccl": "communication",
@@ -93,7 +94,7 @@ def time_by_part(events: Iterable[Any], on_gpu: bool) -> dict[str, float]:
                 found[next((p for start, p in KERNELS.items() if kernel.name.startswith(start)), part)] += (
                     kernel.duration
                 )
-        elif event.name not in PARTS + DENSE and not event.name.startswith("ProfilerStep"):
+        elif event.name not in NAMES and not event.name.startswith("ProfilerStep"):
             found[part] += event.self_cpu_time_total
     return dict(found)
 
@@ -116,7 +117,7 @@ def _part(event: Any, forward: dict[int, str]) -> str:
     """The nearest name around an event; of a backward operation, the part of its forward one."""
     at = event
     while at is not None:
-        if at.name in PARTS + DENSE:
+        if at.name in NAMES:
             return at.name
         if at.name.startswith(BACKWARD) and at.sequence_nr in forward:
             return forward[at.sequence_nr]
