@@ -66,7 +66,8 @@ class Job:
         file = keep and keep / f"{config.name}{kept.SUFFIX}"
         if file and file.exists():
             there, now = kept.recipe(Run.read(file).config), kept.recipe(config)
-            lines = [f"  {key}: {a!r} there, {b!r} now" for key, (a, b) in differing(there, now, FREE_KEYS).items()]
+            differ = differing(there, now, (*FREE_KEYS, "data.corpus"))  # a comparison asks for its hash
+            lines = [f"  {key}: {a!r} there, {b!r} now" for key, (a, b) in differ.items()]
             if lines:
                 raise RunFolderError(
                     f"{file} keeps a run with another configuration; choose another --keep:\n" + "\n".join(lines)

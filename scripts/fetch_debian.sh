@@ -1,11 +1,11 @@
 #!/bin/sh
-# Fetch the packages behind data=debian_small or data=linux, by name, from the Debian mirror that apt knows:
+# Fetch the packages behind data=debian_small, data=linux and data=comparison from the Debian mirror that apt knows:
 #   scripts/fetch_debian.sh small|linux [FOLDER]      FOLDER is data.root, `downloads` unless given
-# Debian 12 has them. A mirror keeps only the newest build of a package, so the manifest's hash says which text it was.
+# The versions are Debian 12's own, not those of its security updates, which change: runs compare on equal text only.
 set -eu
 case "${1:-}" in
-    small) packages="golang-1.19-src python3.11-doc postgresql-doc-15" ;;
-    linux) packages="linux-source-6.1" ;;
+    small) packages="golang-1.19-src=1.19.8-2 python3.11-doc=3.11.2-6+deb12u8 postgresql-doc-15=15.18-0+deb12u1" ;;
+    linux) packages="linux-source-6.1=6.1.176-1" ;;
     *) sed -n '2,4s/^# //p' "$0" >&2; exit 2 ;;
 esac
 folder="${2:-downloads}"
@@ -13,7 +13,11 @@ mkdir -p "$folder"
 fresh="$(mktemp -d "$folder/.fetch.XXXXXX")"
 trap 'rm -rf "$fresh"' EXIT
 for package in $packages; do
-    (cd "$fresh" && apt-get -q download "$package")
-    mv "$fresh/$package"_*.deb "$folder/$package.deb"
+    (cd "$fresh" && apt-get -q download "$package") || {
+        echo "apt finds no $package: run apt-get update; else put it, from https://snapshot.debian.org," \
+            "into $folder/${package%%=*}.deb" >&2
+        exit 2
+    }
+    mv "$fresh/${package%%=*}"_*.deb "$folder/${package%%=*}.deb"
 done
 ls -l "$folder"

@@ -98,9 +98,9 @@ def memory_plan() -> str:
 def training() -> str:
     """Speed, share of the peak and memory of the training benchmark's runs."""
     lines = [
-        "| GPUs | preset | attention | T | tokens a pass | recomputed | tokens/s | MFU, executed | MFU, as if full "
-        "| peak GiB | planned GiB | commit |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| GPUs | preset | attention | T | text, past T/2 | tokens a pass | recomputed | tokens/s | MFU, executed "
+        "| MFU, as if full | peak GiB | planned GiB | commit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result, row in _rows("training"):
         again = ", ".join(parts_recomputed(row)) or "no"
@@ -109,9 +109,10 @@ def training() -> str:
         words = [row["preset"], *named]
         model = " ".join(f"`{word}`" for word in words)
         arm = " ".join([f"`{row['attention']}`", *row.get("dense_kernels", [])])
+        text = f"{row['corpus']}, {row['past_half']:.0%}" if "corpus" in row else "-"
         start = (
             f"| {row['gpus']} x {result['device']['name']} | {model} | {arm} | "
-            f"{row['T'] // 1024}k | {row['T'] * row['micro_batch'] // 1024}k | {again} | "
+            f"{row['T'] // 1024}k | {text} | {row['T'] * row['micro_batch'] // 1024}k | {again} | "
         )
         if "error" in row:
             lines.append(f"{start}failed | | | | {planned:.1f} | {row['commit'][:7]} |")

@@ -3,8 +3,9 @@
 A step and a forward pass have as many tokens as the preset's at its own row length, a row at least; where the plan says
 that activations do not fit the GPU, it chooses what is recomputed. FLOPs are counted as if every row were one document:
 packs of short documents need fewer; what is recomputed does not count. `parts` are milliseconds of a step by part
-(`nsa_train.train.profile`), of one before those that are timed; `dense_kernels` are what full attention ran on. Rows
-that the file has of other runs stay in it. A figure lies beside it.
+(`nsa_train.train.profile`), of one before those that are timed; `dense_kernels` are what full attention ran on,
+`past_half` is the share of the corpus' tokens past the T / 2-th of their document: half where each row is one document.
+Rows that the file has of other runs stay in it. A figure lies beside it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from nsa_train.bench.figures import plot_training
 from nsa_train.bench.runs import MEASURED_ONLY, parse_on_gpus, parts_recomputed, train_run
 from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
-from nsa_train.data.stages import largest_divisor
+from nsa_train.data.loader import Loader
+from nsa_train.data.prepare import prepare
+from nsa_train.data.stages import largest_divisor, stages_of
+from nsa_train.data.store import TokenStore
 from nsa_train.errors import NsaTrainError
 from nsa_train.plan.advice import Run, need, recomputation, room
 from nsa_train.plan.flops import training_flops
@@ -82,6 +86,13 @@ def figures(
     }  # fmt: skip
 
 
+def text_of(config: Config) -> dict[str, Any]:
+    """The corpus of a run, and how long its documents are beside the rows."""
+    store = TokenStore.open(prepare(config.data, config.model.vocab, runtime.log.info), "train")
+    loader = Loader(store, stages_of(config), config.data, config.seed)
+    return {"corpus": store.manifest["name"], "past_half": loader.share_past(0, config.trainer.seq_len // 2)}
+
+
 def one_run(preset: str, arm: str, T: int, steps: int, gpus: int, rest: list[str], folder: Path) -> dict[str, Any]:
     """A row; with `error` in place of figures where the run failed."""
     overrides = overrides_of(preset, arm, T, steps, gpus, rest)
@@ -105,6 +116,7 @@ def one_run(preset: str, arm: str, T: int, steps: int, gpus: int, rest: list[str
     return {
         **row, **figures(speeds, config, full, gpus, GPUS[kind].flops if kind else None),
         "peak_gib": max(r["mem_gib"] for r in run.logged), "parts": parts, "dense_kernels": run.dense_kernels,
+        **text_of(load_config([*overrides, *places])),
     }  # fmt: skip
 
 
