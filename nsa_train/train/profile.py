@@ -103,24 +103,24 @@ def with_parts(events: Iterable[Any]) -> Iterator[tuple[Any, str]]:
     """The host's events of a profile, in order, each with its part."""
     on_cpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     on_cpu.sort(key=lambda event: event.time_range.start)
-    forward: dict[
-        int, str
-    ] = {}  # sequence number -> part: the last operation with a number is the one that recorded it
+    # (thread, sequence number) -> part: the last operation with a number is the one that recorded it. Each thread counts
+    # for itself, and on a GPU the backward pass, with what is recomputed in it, has a thread of its own.
+    forward: dict[tuple[int, int], str] = {}
     for event in on_cpu:
         if event.sequence_nr >= 0 and not event.name.startswith(BACKWARD) and event.scope != BACKWARD_SCOPE:
-            forward[event.sequence_nr] = _part(event, {})
+            forward[event.thread, event.sequence_nr] = _part(event, {})
     for event in on_cpu:
         yield event, _part(event, forward)
 
 
-def _part(event: Any, forward: dict[int, str]) -> str:
+def _part(event: Any, forward: dict[tuple[int, int], str]) -> str:
     """The nearest name around an event; of a backward operation, the part of its forward one."""
     at = event
     while at is not None:
         if at.name in NAMES:
             return at.name
-        if at.name.startswith(BACKWARD) and at.sequence_nr in forward:
-            return forward[at.sequence_nr]
+        if at.name.startswith(BACKWARD) and (of := forward.get((at.fwd_thread, at.sequence_nr))):
+            return of
         at = at.cpu_parent
     return OTHER
 

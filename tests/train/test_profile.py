@@ -5,6 +5,7 @@ import gzip
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import launch
@@ -52,6 +53,26 @@ def test_backward_counts_for_the_part_of_its_forward_also_when_that_is_recompute
     assert [part for name, part in parts if name == "aten::mm"] == ["experts"] * 3  # forward, again, backward
     assert [part for name, part in parts if name == "aten::mul"] == ["norms"] * 2
     assert {part for name, part in parts if name == "aten::sum"} == {OTHER}
+
+
+def test_operations_of_another_thread_have_numbers_of_their_own():
+    weights = torch.randn(2, 8, requires_grad=True)
+    found = {}
+
+    def elsewhere():
+        with record_function("head"):
+            found["head"] = weights[0].sin().sum()
+
+    every_thread = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    with profile(activities=[ProfilerActivity.CPU], experimental_config=every_thread) as seen:
+        with record_function("experts"):
+            found["experts"] = weights[1].cos().sum()
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        (found["experts"] + found["head"]).backward()
+    parts = {event.name: part for event, part in with_parts(seen.events())}
+    assert (parts["SinBackward0"], parts["CosBackward0"]) == ("head", "experts")
 
 
 def test_every_kernel_counts_for_the_branch_in_whose_file_it_stands():
