@@ -21,6 +21,7 @@ from nsa_train.bench import results, runs
 from nsa_train.bench.runs import MEASURED_ONLY, RECOMPUTED, parse_on_gpus, parts_recomputed, train_run
 from nsa_train.config.load import load_config
 from nsa_train.plan.advice import GIB, need
+from nsa_train.plan.memory import Memory
 
 Case = tuple[str, str, int, int, tuple[str, ...]]  # preset, arm, T, rows of a forward pass, overrides
 
@@ -73,21 +74,28 @@ def one_run(case: Case, gpus: int, rest: list[str], folder: Path) -> dict[str, A
     return {**row, "peak_gib": peak, "ratio": peak * GIB / plan.total}
 
 
+def plan_of(row: dict[str, Any]) -> Memory:
+    """What the plan says today of the run behind a row."""
+    preset, arm, T, micro_rows, gpus = (row[key] for key in ("preset", "attention", "T", "micro_rows", "gpus"))
+    return need(load_config(overrides_of(preset, arm, T, micro_rows, gpus, row["overrides"])), gpus)
+
+
 def markdown(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """A table of (name of the GPU, row)."""
+    """A table of (name of the GPU, row), with today's plans."""
     lines = [
         "| GPU | preset, arm | T | rows | dtype | ZeRO | states | kept | passing | planned GiB | peak GiB | ratio |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for device, row in rows:
         again = ", ".join(parts_recomputed(row))
-        states, kept = (sum(row["planned_gib"][group].values()) for group in ("states", "kept"))
-        passing = max(row["planned_gib"]["passing"].values())
-        measured = "failed | -" if "error" in row else f"{row['peak_gib']:.1f} | {row['ratio']:.2f}"
+        plan = plan_of(row)
+        states, kept = (sum(parts.values()) / GIB for parts in (plan.states, plan.kept))
+        passing, total = max(plan.passing.values()) / GIB, plan.total / GIB
+        measured = "failed | -" if "error" in row else f"{row['peak_gib']:.1f} | {row['peak_gib'] / total:.2f}"
         lines.append(
             f"| {row['gpus']} x {device} | `{row['preset']}`, {row['attention']} | {row['T'] // 1024}k | "
             f"{row['micro_rows']} | {row['dtype']}{again and f', recomputed: {again}'} | {row['zero']} | "
-            f"{states:.1f} | {kept:.1f} | {passing:.1f} | {row['planned_total_gib']:.1f} | {measured} |"
+            f"{states:.1f} | {kept:.1f} | {passing:.1f} | {total:.1f} | {measured} |"
         )
     return "\n".join(lines)
 

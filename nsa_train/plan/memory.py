@@ -64,11 +64,11 @@ def states(config: Config, ranks: int) -> dict[str, float]:
     stage, width = config.parallel.zero_stage, dtype_of(config.trainer.dtype).itemsize
     weights_there = config.parallel.offload_params == "none"
     optimizer_there = config.parallel.offload_optimizer == "none"
-    buckets = 0.0
-    if stage == 3:  # in the dtype in which gradients travel, also where the model is smaller
+    buckets = 0.0  # of full size, also where the model is smaller
+    if stage == 3:  # in the dtype in which gradients travel
         buckets = BUCKET_ELEMENTS * _travelling(config)
-    elif stage == 2 and not without_buckets(config, ranks):
-        buckets = min(BUCKET_ELEMENTS, parameters) * width
+    elif not without_buckets(config, ranks):
+        buckets = BUCKET_ELEMENTS * width
     return {
         "weights": weights_there * parameters * width / (ranks if stage == 3 else 1),
         "gradients": (optimizer_there or stage < 3) * parameters * (width if stage == 1 else FP32 / ranks),

@@ -103,8 +103,8 @@ def with_parts(events: Iterable[Any]) -> Iterator[tuple[Any, str]]:
     """The host's events of a profile, in order, each with its part."""
     on_cpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     on_cpu.sort(key=lambda event: event.time_range.start)
-    # (thread, sequence number) -> part: the last operation with a number is the one that recorded it. Each thread counts
-    # for itself, and on a GPU the backward pass, with what is recomputed in it, has a thread of its own.
+    # (thread, sequence number) -> part: the last operation with a number is the one that recorded it. Each thread has
+    # numbers of its own, and on a GPU the backward pass, with what is recomputed in it, is in another one.
     forward: dict[tuple[int, int], str] = {}
     for event in on_cpu:
         if event.sequence_nr >= 0 and not event.name.startswith(BACKWARD) and event.scope != BACKWARD_SCOPE:

@@ -89,7 +89,8 @@ def test_buckets_are_there_where_gradients_travel_or_are_not_added_at_once():
         assert 0.3 < gib_of_buckets(ranks, *words) < 0.4
     assert 0.7 < gib_of_buckets(1, "parallel=zero3") < 0.8  # stage 3 has a bucket in the dtype that travels, fp32
     assert 0.3 < gib_of_buckets(1, "parallel=zero3", "parallel.reduce_dtype=bf16", "trainer.dtype=bf16") < 0.4
-    assert gib_of_buckets(2, "parallel=zero1", "trainer.dtype=fp32") == 0
+    assert 0.7 < gib_of_buckets(2, "parallel=zero1", "trainer.dtype=fp32") < 0.8
+    assert gib_of_buckets(2) == gib_of_buckets(2, "experiment=r1", "trainer.dtype=bf16")  # of full size in any case
 
 
 @pytest.mark.parametrize("parts", [("attention",), ("mlp",), ("attention", "mlp")], ids=",".join)
