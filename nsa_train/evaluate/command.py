@@ -23,12 +23,11 @@ from nsa_train.data.tokenizer import MODEL_FILE, Tokenizer
 from nsa_train.errors import ConfigError, DataError, RunFolderError
 from nsa_train.evaluate.blocks import count_blocks, plot_blocks
 from nsa_train.evaluate.grid import answers, cells, plot_grid, summary
+from nsa_train.evaluate.heldout import longest_documents, losses_in_rows
 from nsa_train.evaluate.maps import attention_maps, cell_tokens, plot_maps
 from nsa_train.evaluate.questions import KINDS, make_documents
 from nsa_train.model.branches import spec_of
 from nsa_train.model.transformer import Transformer
-from nsa_train.parallel.engine import start_processes, stop_processes
-from nsa_train.train.evaluate import evaluate
 from nsa_train.train.folder import read_config
 
 HELDOUT, BLOCKS, MAPS = "heldout", "blocks", "maps"
@@ -42,7 +41,8 @@ class Options:
     task     names of TASKS, done in this order
     lengths  tokens; default: a quarter, a half and the whole of the run's rows, of blocks the whole; maps: the longest
     depths   of quizzes
-    samples  quizzes of each depth; of blocks and maps: held-out rows, at most
+    samples  quizzes of each depth; of blocks and maps: held-out rows, at most; of heldout: tokens, at most, in units of
+             the model's max_seq_len
     """
 
     task: tuple[str, ...] = ()
@@ -114,7 +114,7 @@ def main(arguments: list[str]) -> int:
         figure = folder / "eval" / f"{task}.png"
         model.rope_factor = trained
         if task == HELDOUT:
-            rows = list(_heldout(model, config, lengths))
+            rows = list(_heldout(model, config, lengths, options.samples))
         elif task == BLOCKS:
             rows = _blocks(model, config, lengths, options.samples, figure)
         elif task == MAPS:
@@ -185,25 +185,24 @@ def _loader(store: TokenStore, config: Config, length: int, rope_factor: float) 
     return Loader(store, (Stage(f"{length} tokens", 0, length, 1, {}, rope_factor),), config.data, config.seed)
 
 
-def _heldout(model: Transformer, config: Config, lengths: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Held-out loss in rows of each length, as many tokens as the run's own validation."""
-    store = _store(config)
-    trained, device = model.rope_factor, runtime.device()
-    runtime.launch_alone()
-    start_processes(device, config.parallel.timeout_s)
-    try:
-        for length in lengths:
-            factor = _stretch(model, config, length, trained)
-            loader = _loader(store, config, length, factor)
-            found = evaluate(model, loader, config.trainer, store.manifest["sources"], device)
-            runtime.log.info(
-                "held-out loss %.4f in rows of %s tokens, by position %s", found["loss"], f"{length:,}",
-                "  ".join(f"{bucket} {loss:.3f}" for bucket, loss in found["by_position"].items()),
-            )  # fmt: skip
-            facts = {"arm": config.arm, "length": length, "rope_factor": factor, "corpus_hash": store.hash}
-            yield {"what": "summary", "task": HELDOUT, **facts, **found}
-    finally:
-        stop_processes()
+def _heldout(model: Transformer, config: Config, lengths: Sequence[int], samples: int) -> Iterator[dict[str, Any]]:
+    """The loss of the same documents in rows of each length."""
+    store, trained, most = _store(config), model.rope_factor, config.model.max_seq_len
+    documents = longest_documents(store.lengths, most, samples * most)
+    for length in lengths:
+        factor = _stretch(model, config, length, trained)
+        found = losses_in_rows(model, store, documents, most, length, config.trainer)
+        runtime.log.info(
+            "held-out loss %.4f in rows of %s tokens, %s labels of %d documents, by position %s", found["loss"],
+            f"{length:,}", f"{found['labels']:,}", len(documents),
+            "  ".join(f"{bucket} {loss:.3f}" for bucket, loss in found["by_position"].items()),
+        )  # fmt: skip
+        facts = {"arm": config.arm, "length": length, "rope_factor": factor, "corpus_hash": store.hash}
+        yield {"what": "summary", "task": HELDOUT, **facts, **found}
+    if max(lengths) > (longest := int(store.lengths[documents].max())):
+        runtime.log.info(
+            "no held-out document is longer than %s tokens: longer rows show no more of one", f"{longest:,}"
+        )
 
 
 def _blocks(
