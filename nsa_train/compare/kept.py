@@ -27,6 +27,7 @@ import numpy as np
 from nsa_train.config import schema
 from nsa_train.config.load import to_tree
 from nsa_train.errors import RunFolderError, StorageError
+from nsa_train.train.answers import added
 from nsa_train.train.folder import complete_config
 from nsa_train.train.heldout import HeldOut
 
@@ -40,20 +41,21 @@ SUMS = ("position", "recall")  # of HeldOut: [N, buckets, 2]
 def save(path: Path, parts: dict[str, Any]) -> bool:
     """Write PARTS of a run, which are those of `Run`; False: they are there already.
 
-    Evaluations may be added to a file that is there. Raises RunFolderError where it holds anything else, StorageError
-    where it cannot be written.
+    Evaluations are added to those of a file that is there. Raises RunFolderError where that holds another run,
+    StorageError where it cannot be written.
     """
     plain = {"schema": SCHEMA, **parts, "config": _without_places(to_tree(parts["config"]))}
     plain |= {"heldout": _lists(parts["heldout"]), **{key: _rounded(parts[key]) for key in ROUNDED}}
-    text = json.dumps(plain, separators=(",", ":"))
+    now = json.loads(json.dumps(plain))
     if path.exists():
-        before, now = _read(path), json.loads(text)
+        before = _read(path)
         before["config"] = _without_places(to_tree(complete_config(before["config"], path)))  # keys may have come since
+        now["evaluations"] = added(before.get("evaluations", []), now["evaluations"])
         if before == now:
             return False
-        told, known = before.pop("evaluations", []), now.pop("evaluations")
-        if before != now or any(row not in known for row in told):
+        if {**before, "evaluations": now["evaluations"]} != now:
             raise RunFolderError(f"{path}: keeps another run of that name; choose another folder, or delete the file")
+    text = json.dumps(now, separators=(",", ":"))
     aside = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,12 @@
 """`nsa-train eval RUN task=needle,mqar`: a finished run's export under test, into <run>/eval/<task>.json and .png.
 
-Beside them `task=blocks` leaves the blocks that the model chose, for `nsa-train bench attention --blocks`.
+Answers at further lengths are added to a task's file; asked with other settings, they replace what it held.
+`task=blocks` also leaves the blocks that the model chose, for `nsa-train bench attention --blocks`.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -13,7 +15,7 @@ from typing import Any
 
 from nsa_train import runtime
 from nsa_train.bench import results
-from nsa_train.bench.trained import BLOCKS_FILE
+from nsa_train.bench.trained import BLOCKS_FILE, TrainedBlocks
 from nsa_train.config.schema import AttentionConfig, Config
 from nsa_train.data.loader import Loader
 from nsa_train.data.prepare import prepare
@@ -28,6 +30,7 @@ from nsa_train.evaluate.maps import attention_maps, cell_tokens, plot_maps
 from nsa_train.evaluate.questions import KINDS, make_documents
 from nsa_train.model.branches import spec_of
 from nsa_train.model.transformer import Transformer
+from nsa_train.train.answers import added, settings_of
 from nsa_train.train.folder import read_config
 
 HELDOUT, BLOCKS, MAPS = "heldout", "blocks", "maps"
@@ -105,25 +108,54 @@ def main(arguments: list[str]) -> int:
     for task in options.task:
         if reason := misfit(task, config.attention):
             raise ConfigError(f"eval: {folder} is of the arm {config.arm}, and task={task} {reason}")
+        _there(folder / "eval" / f"{task}.json")
     check_lengths(options, config)
     model, tokenizer = _opened(folder)
     (folder / "eval").mkdir(exist_ok=True)
     trained = model.rope_factor
     for task in options.task:
         lengths = options.lengths_of(task, stages_of(config)[-1].seq_len)
-        figure = folder / "eval" / f"{task}.png"
+        path = folder / "eval" / f"{task}.json"
+        figure = path.with_suffix(".png")
         model.rope_factor = trained
         if task == HELDOUT:
-            rows = list(_heldout(model, config, lengths, options.samples))
+            found = list(_heldout(model, config, lengths, options.samples))
         elif task == BLOCKS:
-            rows = _blocks(model, config, lengths, options.samples, figure)
+            found, chosen = _blocks(model, config, lengths, options.samples)
         elif task == MAPS:
-            rows = _maps(model, config, lengths[0], options.samples, figure)
+            found = _maps(model, config, lengths[0], options.samples, figure)
         else:
-            rows = list(_grid(task, model, tokenizer, config, lengths, options))
+            found = list(_grid(task, model, tokenizer, config, lengths, options))
+        rows = _with_earlier(path, found)
+        if task in KINDS:
             plot_grid([row for row in rows if row["what"] == "cell"], f"{config.name}: {task}", figure)
-        runtime.log.info("%s", results.write_result(task, "eval", rows, folder=figure.parent))
+        elif task == BLOCKS:
+            longest = max(row["length"] for row in rows)
+            title = f"{config.name}: selected blocks in held-out rows of {longest:,} tokens"
+            plot_blocks([row for row in rows if row["length"] == longest], title, figure)
+            if found[-1]["length"] == longest:
+                chosen.save(figure.with_name(BLOCKS_FILE))
+        runtime.log.info("%s", results.write_result(task, "eval", rows, folder=path.parent))
     return 0
+
+
+def _there(path: Path) -> list[dict[str, Any]]:
+    """Rows of an earlier answer; none where there is no file. Raises RunFolderError."""
+    try:
+        return json.loads(path.read_text())["rows"] if path.exists() else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"{path}: no answer of `nsa-train eval` ({error}); delete it to ask again") from error
+
+
+def _with_earlier(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the file of a task is to hold; says so where earlier answers go because they were asked in another way."""
+    earlier = _there(path)
+    before, now = (settings_of(some).get(rows[0]["task"], {}) for some in (earlier, rows))
+    if earlier and before != now:
+        changed = (f"{key}={now.get(key)} ({before.get(key, 'unknown')} before)" for key in now | before
+                   if now.get(key) != before.get(key))  # fmt: skip
+        runtime.log.info("%s: asked with %s, so earlier answers are replaced as a whole", path, ", ".join(changed))
+    return added(earlier, rows)
 
 
 def _opened(folder: Path) -> tuple[Transformer, Tokenizer]:
@@ -153,13 +185,15 @@ def _grid(
 ) -> Iterator[dict[str, Any]]:
     """Rows of cells, and a summary of each length."""
     batch_tokens, trained = config.trainer.micro_rows * config.trainer.seq_len, model.rope_factor
+    settings = {"depths": options.depths, "samples": options.samples}
     for length in lengths:
         factor = _stretch(model, config, length, trained)
         documents = make_documents(task, tokenizer, length, options.depths, options.samples)
         found = list(answers(model, documents, config.attention, batch_tokens))
         yield from ({"what": "cell", "task": task, **cell} for cell in cells(found, length, options.depths))
         whole = summary(found, length)
-        yield {"what": "summary", "task": task, "arm": config.arm, "rope_factor": factor, **whole}
+        facts = {"arm": config.arm, "settings": settings, "rope_factor": factor}
+        yield {"what": "summary", "task": task, **facts, **whole}
         runtime.log.info("%s", _line(task, whole))
 
 
@@ -189,6 +223,7 @@ def _heldout(model: Transformer, config: Config, lengths: Sequence[int], samples
     """The loss of the same documents in rows of each length."""
     store, trained, most = _store(config), model.rope_factor, config.model.max_seq_len
     documents = longest_documents(store.lengths, most, samples * most)
+    settings = {"samples": samples, "corpus_hash": store.hash}
     for length in lengths:
         factor = _stretch(model, config, length, trained)
         found = losses_in_rows(model, store, documents, most, length, config.trainer)
@@ -197,7 +232,7 @@ def _heldout(model: Transformer, config: Config, lengths: Sequence[int], samples
             f"{length:,}", f"{found['labels']:,}", len(documents),
             "  ".join(f"{bucket} {loss:.3f}" for bucket, loss in found["by_position"].items()),
         )  # fmt: skip
-        facts = {"arm": config.arm, "length": length, "rope_factor": factor, "corpus_hash": store.hash}
+        facts = {"arm": config.arm, "settings": settings, "length": length, "rope_factor": factor}
         yield {"what": "summary", "task": HELDOUT, **facts, **found}
     if max(lengths) > (longest := int(store.lengths[documents].max())):
         runtime.log.info(
@@ -206,10 +241,11 @@ def _heldout(model: Transformer, config: Config, lengths: Sequence[int], samples
 
 
 def _blocks(
-    model: Transformer, config: Config, lengths: Sequence[int], samples: int, figure: Path
-) -> list[dict[str, Any]]:
-    """Rows of each length; figure and chosen blocks of the longest. Raises DataError where nothing is chosen."""
+    model: Transformer, config: Config, lengths: Sequence[int], samples: int
+) -> tuple[list[dict[str, Any]], TrainedBlocks]:
+    """Rows of each length, and the chosen blocks of the longest. Raises DataError where nothing is chosen."""
     store, spec, trained, rows = _store(config), spec_of(config.attention), model.rope_factor, []
+    settings = {"samples": samples, "corpus_hash": store.hash}
     for length in sorted(lengths):
         factor = _stretch(model, config, length, trained)
         batches = _loader(store, config, length, factor).sequential(samples, 0, 1, 1)
@@ -217,12 +253,10 @@ def _blocks(
         if not counts.queries:
             runtime.log.info("rows of %s tokens: every query reads all blocks, nothing is chosen", f"{length:,}")
             continue
-        facts = {"task": BLOCKS, "length": length, "rope_factor": factor, "corpus_hash": store.hash}
-        found = list(counts.rows())
-        rows += [{"what": row["what"], "arm": config.arm, **facts, **row} for row in found]
-        plot_blocks(found, f"{config.name}: selected blocks in held-out rows of {length:,} tokens", figure)
-        chosen.save(figure.with_name(BLOCKS_FILE))
-        whole = found[0]
+        facts = {"task": BLOCKS, "settings": settings, "length": length, "rope_factor": factor}
+        whole, *heads = counts.rows()
+        rows += [{"what": row["what"], "arm": config.arm, **facts, **row} for row in (whole, *heads)]
+        longest = chosen
         runtime.log.info(
             "blocks, %s tokens: they hold %.1f%% of full attention (the best as many %.1f%%, random ones %.1f%%); "
             "2, 4 and 8 neighbours read %s different ones of %d each", f"{length:,}",
@@ -234,7 +268,7 @@ def _blocks(
             f"no document of the first {samples} held-out rows is longer than n l' = {spec.slc_count * spec.slc_block} "
             "tokens, after which blocks are chosen; ask for longer rows (lengths=) or for more (samples=)"
         )
-    return rows
+    return rows, longest
 
 
 def _maps(model: Transformer, config: Config, length: int, samples: int, figure: Path) -> list[dict[str, Any]]:
@@ -250,5 +284,8 @@ def _maps(model: Transformer, config: Config, length: int, samples: int, figure:
     cell = cell_tokens(len(document))
     title = f"{config.name}: {kind}, a held-out document of {len(document):,} tokens, {cell} x {cell} a cell"
     plot_maps(found, title, figure)
-    facts = {"task": MAPS, "arm": config.arm, "length": len(document), "cell_tokens": cell, "rope_factor": factor}
-    return [{"what": "map", **facts, "layer": one.layer, "heads": list(one.heads)} for one in found]
+    settings = {"length": length, "samples": samples}  # one document's figure: no other stands beside it
+    facts = {"task": MAPS, "arm": config.arm, "settings": settings, "length": len(document), "cell_tokens": cell}
+    return [
+        {"what": "map", **facts, "rope_factor": factor, "layer": one.layer, "heads": list(one.heads)} for one in found
+    ]

@@ -130,12 +130,28 @@ def test_what_is_there_is_not_overwritten_but_by_the_same_run_with_more_answers(
     before = file.read_bytes()
     words = ["compare", "keep", str(run), "--out", str(file.parent)]
     shutil.rmtree(run / "eval")
-    assert main(words) == 2
+    assert main(words) == 0  # what the folder has lost, the file has still
+    assert file.read_bytes() == before
     make_run(tmp_path, "nsa", gain=0.01)
     assert main(words) == 2
     assert f"{file}: keeps another run of that name" in capsys.readouterr().err
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file]
+
+
+def test_answers_at_further_lengths_are_added_to_the_file(tmp_path):
+    run = make_run(tmp_path, "nsa")
+    (run / "eval").mkdir()
+
+    def kept_with(samples, *lengths):
+        told = [{"what": "summary", "task": "mqar", "length": n, "settings": {"samples": samples}} for n in lengths]
+        (run / "eval" / "mqar.json").write_text(json.dumps({"rows": told}))
+        (file,) = keep(run, out=tmp_path / "kept")
+        return [(row["length"], row["settings"]["samples"]) for row in opened(file)["evaluations"]]
+
+    assert kept_with(20, 512) == [(512, 20)]
+    assert kept_with(20, 1024, 2048) == [(512, 20), (1024, 20), (2048, 20)]
+    assert kept_with(40, 512) == [(512, 40)]
 
 
 def test_finished_runs_are_kept_though_another_is_not_finished(tmp_path, capsys):
@@ -146,7 +162,7 @@ def test_finished_runs_are_kept_though_another_is_not_finished(tmp_path, capsys)
 
 
 def test_a_long_run_is_a_small_file(tmp_path):
-    """Of experiment=r1: 256 held-out rows of 8192 tokens, 12 layers, answers to four tasks and of 48 KV heads."""
+    """Of experiment=r1: 256 held-out rows of 8192 tokens, 12 layers, answers to five tasks and of 48 KV heads."""
     draw, run = np.random.default_rng(0), make_run(tmp_path, "nsa")
     length = draw.exponential(1750, (1200, 1)).astype(int) + 20
 
@@ -181,6 +197,10 @@ def test_a_long_run_is_a_small_file(tmp_path):
         (run / "eval" / f"{task}.json").write_text(json.dumps({"rows": cells}))
     heads = [{"what": "head", "layer": i // 2, "kv_head": i % 2, **figures(*map(str, range(15)))} for i in range(48)]
     (run / "eval" / "blocks.json").write_text(json.dumps({"rows": heads}))
+    lists = {"document": [*range(60)], "source": [*sources[:6]] * 10, "labels": draw.integers(65536, size=60).tolist()}
+    losses = draw.normal(2e5, 1e4, (6, 60)).tolist()
+    lengths = [{"length": 2048 << i, "by_document": {**lists, "loss": of}} for i, of in enumerate(losses)]
+    (run / "eval" / "heldout.json").write_text(json.dumps({"rows": lengths}))
     (file,) = keep(run, out=tmp_path / "kept")
     assert 20_000 < file.stat().st_size < 100_000
 

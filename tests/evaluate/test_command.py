@@ -95,6 +95,48 @@ def test_several_tasks_see_the_model_as_it_was_trained(make_run):
     assert {row["length"] for row in together["maps"]} == {512}
 
 
+def test_answers_at_further_lengths_are_added(make_run):
+    folder, config = make_run("attention=nsa")
+
+    def asked(*words):
+        assert main(["eval", str(folder), "task=heldout,blocks", *words]) == 0
+        return [(row["length"], row["settings"]["samples"]) for row in rows(folder, "heldout")], {
+            row["length"] for row in rows(folder, "blocks")
+        }
+
+    assert asked("lengths=64,256", "samples=2") == ([(64, 2), (256, 2)], {64, 256})
+    kept = (folder / "eval" / "blocks.npz").read_bytes()
+    whole = rows(folder, "heldout")
+    assert asked("lengths=128,64", "samples=2") == ([(256, 2), (128, 2), (64, 2)], {64, 128, 256})
+    assert rows(folder, "heldout")[0] == whole[1]
+    assert rows(folder, "heldout")[2] == whole[0]
+    assert (folder / "eval" / "blocks.npz").read_bytes() == kept  # still of the longest
+    assert asked("lengths=128", "samples=1") == ([(128, 1)], {128})
+    assert TrainedBlocks.load(folder / "eval" / "blocks.npz", spec_of(config.attention)).blocks.shape[1] == 128
+
+
+def test_maps_and_answers_of_before_are_replaced_as_a_whole(make_run, caplog):
+    folder, _ = make_run("attention=nsa")
+    assert main(["eval", str(folder), "task=maps", "lengths=256", "samples=1"]) == 0
+    assert main(["eval", str(folder), "task=maps", "lengths=64", "samples=1"]) == 0
+    assert {row["length"] for row in rows(folder, "maps")} == {64}
+    assert "maps.json: asked with length=64 (256 before), so earlier answers are replaced as a whole" in caplog.text
+    before = {"rows": [{"what": "summary", "task": "heldout", "length": 16, "loss": 3.0}]}
+    (folder / "eval" / "heldout.json").write_text(json.dumps(before))
+    assert main(["eval", str(folder), "task=heldout", "lengths=64", "samples=1"]) == 0
+    assert [row["length"] for row in rows(folder, "heldout")] == [64]
+    assert "heldout.json: asked with samples=1 (unknown before), corpus_hash=" in caplog.text
+
+
+def test_a_damaged_answer_is_named_before_anything_is_asked(make_run, capsys, monkeypatch):
+    folder, _ = make_run("attention=nsa")
+    monkeypatch.setattr(command, "_opened", None)
+    (folder / "eval").mkdir()
+    (folder / "eval" / "heldout.json").write_text("{")
+    assert main(["eval", str(folder), "task=blocks,heldout"]) == 2
+    assert f"{folder / 'eval' / 'heldout.json'}: no answer of `nsa-train eval`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arm", "words", "message"),
     [
