@@ -22,8 +22,6 @@ from nsa_train.compare.runs import Arms, Run
 from nsa_train.config.schema import Config
 from nsa_train.errors import ConfigError, NsaTrainError, RunFolderError
 
-MAPS = Path("eval", "maps.png")  # in the folder of a run
-
 
 def main(arguments: list[str]) -> int:
     """Compare and write the report, or run the gates, or keep runs; the exit code."""
@@ -53,7 +51,9 @@ def main(arguments: list[str]) -> int:
 
 def _keep(arguments: list[str]) -> int:
     """A file for each run that is finished; raises NsaTrainError with the reasons of those that are not kept."""
-    about = "What `nsa-train compare` reads of finished runs, each as one small file <run>.json.xz."
+    about = (
+        "What `nsa-train compare` reads of finished runs, each as one small file <run>.json.xz, and its maps beside it."
+    )
     parser = argparse.ArgumentParser(prog="nsa-train compare keep", description=about)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--out", type=Path, default=results.RESULTS / "runs", help="folder of the files")
@@ -74,10 +74,10 @@ def _copied_maps(arms: Arms, report: Path) -> list[dict[str, Any]]:
     """Attention maps of each arm's first run that has any, copied beside the report: a row for each."""
     rows: list[dict[str, Any]] = []
     for runs in arms.runs.values():
-        for run in [run for run in runs if (run.path / MAPS).is_file()][:1]:
+        for run in [run for run in runs if run.maps.is_file()][:1]:
             copy = report.with_name(f"{report.stem}_maps_{run.arm}.png")
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(run.path / MAPS, copy)
+            shutil.copyfile(run.maps, copy)
             rows.append({"what": "maps", "arm": run.arm, "seed": run.seed, "figure": copy.name})
     return rows
 

@@ -1,4 +1,6 @@
-"""A finished run as one small file, <run>.json.xz: all that a comparison reads of its folder, but for images.
+"""A finished run as one small file, <run>.json.xz: all that a comparison reads of its folder.
+
+Its attention maps, an image, lie beside it as <run>-maps.png.
 
 schema       nsa-train/run/1
 config       of config.yaml; absolute paths are reduced to their last part
@@ -32,6 +34,7 @@ from nsa_train.train.folder import complete_config
 from nsa_train.train.heldout import HeldOut
 
 SCHEMA, SUFFIX = "nsa-train/run/1", ".json.xz"
+FIGURE_BYTES = 200_000  # of a PNG beside results, at most
 DIGITS = 6
 PARTS = ("config", "manifest", "summary", "rows", "heldout", "evaluations")
 ROUNDED = ("rows", "evaluations")
@@ -56,14 +59,32 @@ def save(path: Path, parts: dict[str, Any]) -> bool:
         if {**before, "evaluations": now["evaluations"]} != now:
             raise RunFolderError(f"{path}: keeps another run of that name; choose another folder, or delete the file")
     text = json.dumps(now, separators=(",", ":"))
+    _write(path, lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
+    return True
+
+
+def maps_of(path: Path) -> Path:
+    """Where the attention maps of a kept run lie, if it has any."""
+    return path.with_name(f"{path.name.removesuffix(SUFFIX)}-maps.png")
+
+
+def save_maps(path: Path, figure: Path) -> bool:
+    """Copy the attention maps of the run that `path` keeps; False: they are too large. Raises StorageError."""
+    if figure.stat().st_size > FIGURE_BYTES:
+        return False
+    _write(maps_of(path), figure.read_bytes())
+    return True
+
+
+def _write(path: Path, content: bytes) -> None:
+    """As a whole. Raises StorageError."""
     aside = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
+        aside.write_bytes(content)
         os.replace(aside, path)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error}); choose another folder") from error
-    return True
 
 
 def load(path: Path) -> dict[str, Any]:

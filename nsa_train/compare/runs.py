@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from nsa_train import runtime
+from nsa_train.bench.trained import BLOCKS_FILE
 from nsa_train.compare import kept
 from nsa_train.config import schema
 from nsa_train.data.stages import stages_of
@@ -22,6 +24,7 @@ from nsa_train.train.heldout import HELDOUT, HeldOut
 from nsa_train.train.metrics import METRICS, read_metrics
 
 BASELINE, NSA = "full", "nsa"
+MAPS, BLOCKS = Path("eval", "maps.png"), Path("eval", BLOCKS_FILE)  # in the folder of a run
 # In which arms of a comparison may differ, beside the learning rate that each one tunes.
 ARM_KEYS = (
     "attention.branches", "attention.gate", "attention.phi", "attention.shared_kv", "attention.selection",
@@ -66,9 +69,24 @@ class Run:
         return Run(folder, config, manifest, summary, rows, HeldOut.load(folder / HELDOUT), evaluations)
 
     def keep(self, folder: Path) -> tuple[Path, bool]:
-        """The file in `folder` that keeps the run, and whether it had to be written. Raises as `kept.save`."""
+        """The file in `folder` that keeps the run, and whether it had to be written. Raises as `kept.save`.
+
+        Its maps are copied beside it; what of its evaluations is too large to be kept is said when it is written.
+        """
         path = folder / f"{self.config.name}{kept.SUFFIX}"
-        return path, kept.save(path, {key: getattr(self, key) for key in kept.PARTS})
+        written = kept.save(path, {key: getattr(self, key) for key in kept.PARTS})
+        left = [file for file in (self.path / BLOCKS,) if file.is_file()]
+        if self.maps.is_file() and not kept.save_maps(path, self.maps):
+            left.append(self.maps)
+        if written and left:
+            sizes = ", ".join(f"{file} ({file.stat().st_size:,} bytes)" for file in left)
+            runtime.log.info("%s: not kept: %s; copy it where the folder is not to stay", path, sizes)
+        return path, written
+
+    @property
+    def maps(self) -> Path:
+        """Where the figure of its attention maps lies, if it has one."""
+        return kept.maps_of(self.path) if self.path.is_file() else self.path / MAPS
 
     @property
     def arm(self) -> str:

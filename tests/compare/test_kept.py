@@ -139,6 +139,27 @@ def test_what_is_there_is_not_overwritten_but_by_the_same_run_with_more_answers(
     assert list(file.parent.iterdir()) == [file]
 
 
+def test_maps_lie_beside_the_file_and_what_is_too_large_is_named(tmp_path, caplog):
+    run = evaluated(make_run(tmp_path, "nsa"))
+    (run / "eval" / "maps.png").write_bytes(b"maps of nsa")
+    (run / "eval" / "blocks.npz").write_bytes(bytes(3_000_000))
+    (file,) = keep(run, out=tmp_path / "kept")
+    assert (file.parent / "nsa-0-maps.png").read_bytes() == b"maps of nsa"
+    assert f"{file}: not kept: {run / 'eval' / 'blocks.npz'} (3,000,000 bytes); copy it" in caplog.text
+    caplog.clear()
+    keep(run, out=tmp_path / "kept")
+    assert "not kept" not in caplog.text
+    found = report([file, make_run(tmp_path, "full")], tmp_path / "out")
+    assert [(row["arm"], row["figure"]) for row in found if row["what"] == "maps"] == [
+        ("nsa", "comparison_tiny_maps_nsa.png")
+    ]
+    assert (tmp_path / "out" / "comparison_tiny_maps_nsa.png").read_bytes() == b"maps of nsa"
+    (run / "eval" / "maps.png").write_bytes(bytes(300_000))
+    keep(run, out=tmp_path / "again")
+    assert not (tmp_path / "again" / "nsa-0-maps.png").exists()
+    assert f"{run / 'eval' / 'maps.png'} (300,000 bytes)" in caplog.text
+
+
 def test_answers_at_further_lengths_are_added_to_the_file(tmp_path):
     run = make_run(tmp_path, "nsa")
     (run / "eval").mkdir()
