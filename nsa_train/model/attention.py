@@ -153,7 +153,7 @@ class Attention(nn.Module):
             blocks=layout.blocks, backend=self.config.backend, return_details=True,
         )  # fmt: skip
         if self.watcher is not None:
-            self.watcher(Attended(q, k_slc, details.blocks))
+            self.watcher(Attended(q, k_slc, details.blocks if "slc" in self.config.branches else None))
         if probe is not None and "slc" in self.config.branches:
             one = slice(0, min(packing.lengths[0], PROBED_TOKENS))
             probe["selection"] = selection_statistics(q[one], k_slc[one], v_slc[one], details.blocks[one], self.spec)

@@ -210,6 +210,13 @@ def test_a_probe_reports_gates_and_selection():
     assert set(probe["selection"]) == {"forced_mass", "distance_tokens", "neighbour_overlap"}
 
 
+def test_an_arm_without_the_selected_branch_reports_no_selection():
+    attention, probe = layer(ARMS["nsa-no_slc"]), {}
+    with torch.no_grad():
+        attention(*inputs(attention), probe)
+    assert set(probe) == {"common", "gates"}
+
+
 def test_the_arms_wire_the_window():
     narrow, wide = (layer(nsa(branches=("win",), gate=False, window=w)) for w in (NSA.window, 100))
     full = layer(FULL)
