@@ -19,6 +19,7 @@ from nsa_train.bench.trained import BLOCKS_FILE, TrainedBlocks
 from nsa_train.config.schema import AttentionConfig, Config
 from nsa_train.data.loader import Loader
 from nsa_train.data.prepare import prepare
+from nsa_train.data.recall import WORDS
 from nsa_train.data.stages import Stage, stages_of
 from nsa_train.data.store import TokenStore
 from nsa_train.data.tokenizer import MODEL_FILE, Tokenizer
@@ -27,7 +28,7 @@ from nsa_train.evaluate.blocks import count_blocks, plot_blocks
 from nsa_train.evaluate.grid import answers, cells, plot_grid, summary
 from nsa_train.evaluate.heldout import longest_documents, losses_in_rows
 from nsa_train.evaluate.maps import attention_maps, cell_tokens, plot_maps
-from nsa_train.evaluate.questions import KINDS, make_documents
+from nsa_train.evaluate.questions import HELDOUT_WORDS, KINDS, make_documents
 from nsa_train.model.branches import spec_of
 from nsa_train.model.transformer import Transformer
 from nsa_train.train.answers import added, settings_of
@@ -46,12 +47,14 @@ class Options:
     depths   of quizzes
     samples  quizzes of each depth; of blocks and maps: held-out rows, at most; of heldout: tokens, at most, in units of
              the model's max_seq_len
+    words    of quizzes: `heldout`, or `train`, which tell a format that was not learnt from one that is not transferred
     """
 
     task: tuple[str, ...] = ()
     lengths: tuple[int, ...] = ()
     depths: int = 21
     samples: int = 20
+    words: str = HELDOUT_WORDS
 
     @staticmethod
     def parse(words: Sequence[str]) -> Options:
@@ -62,16 +65,24 @@ class Options:
             if key not in known:
                 raise ConfigError(f"eval: {word!r} is none of {', '.join(f'{name}=' for name in known)}")
             numbers = value.strip("[]").split(",")
-            if key != "task" and not all(number.isdecimal() and int(number) > 0 for number in numbers):
-                raise ConfigError(f"eval: {word} must be {'numbers' if key == 'lengths' else 'a number'} from 1 on")
             if key == "task":
-                found[key] = tuple(value.strip("[]").split(","))
+                found[key] = tuple(numbers)
+            elif key == "words":
+                found[key] = value
+            elif not all(number.isdecimal() and int(number) > 0 for number in numbers):
+                raise ConfigError(f"eval: {word} must be {'numbers' if key == 'lengths' else 'a number'} from 1 on")
             else:
                 found[key] = tuple(map(int, numbers)) if key == "lengths" else int(value)
         options = Options(**found)
         if unknown := [task for task in options.task or ("",) if task not in TASKS]:
             raise ConfigError(f"eval: task={','.join(unknown)} is no task; say task= some of {', '.join(TASKS)}")
+        if options.words not in WORDS:
+            raise ConfigError(f"eval: words={options.words} must be {' or '.join(WORDS)}")
         return options
+
+    def name_of(self, task: str) -> str:
+        """Of its file and in its rows: answers in the words of training stand by themselves."""
+        return task if task not in KINDS or self.words == HELDOUT_WORDS else f"{task}_{self.words}"
 
     def lengths_of(self, task: str, row_tokens: int) -> tuple[int, ...]:
         """Of a run with rows of so many tokens."""
@@ -108,14 +119,14 @@ def main(arguments: list[str]) -> int:
     for task in options.task:
         if reason := misfit(task, config.attention):
             raise ConfigError(f"eval: {folder} is of the arm {config.arm}, and task={task} {reason}")
-        _there(folder / "eval" / f"{task}.json")
+        _there(folder / "eval" / f"{options.name_of(task)}.json")
     check_lengths(options, config)
     model, tokenizer = _opened(folder)
     (folder / "eval").mkdir(exist_ok=True)
     trained = model.rope_factor
     for task in options.task:
         lengths = options.lengths_of(task, stages_of(config)[-1].seq_len)
-        path = folder / "eval" / f"{task}.json"
+        path = folder / "eval" / f"{options.name_of(task)}.json"
         figure = path.with_suffix(".png")
         model.rope_factor = trained
         if task == HELDOUT:
@@ -128,14 +139,14 @@ def main(arguments: list[str]) -> int:
             found = list(_grid(task, model, tokenizer, config, lengths, options))
         rows = _with_earlier(path, found)
         if task in KINDS:
-            plot_grid([row for row in rows if row["what"] == "cell"], f"{config.name}: {task}", figure)
+            plot_grid([row for row in rows if row["what"] == "cell"], f"{config.name}: {path.stem}", figure)
         elif task == BLOCKS:
             longest = max(row["length"] for row in rows)
             title = f"{config.name}: selected blocks in held-out rows of {longest:,} tokens"
             plot_blocks([row for row in rows if row["length"] == longest], title, figure)
             if found[-1]["length"] == longest:
                 chosen.save(figure.with_name(BLOCKS_FILE))
-        runtime.log.info("%s", results.write_result(task, "eval", rows, folder=path.parent))
+        runtime.log.info("%s", results.write_result(path.stem, "eval", rows, folder=path.parent))
     return 0
 
 
@@ -184,17 +195,18 @@ def _grid(
     task: str, model: Transformer, tokenizer: Tokenizer, config: Config, lengths: Sequence[int], options: Options
 ) -> Iterator[dict[str, Any]]:
     """Rows of cells, and a summary of each length."""
+    name = options.name_of(task)
     batch_tokens, trained = config.trainer.micro_rows * config.trainer.seq_len, model.rope_factor
     settings = {"depths": options.depths, "samples": options.samples}
     for length in lengths:
         factor = _stretch(model, config, length, trained)
-        documents = make_documents(task, tokenizer, length, options.depths, options.samples)
+        documents = make_documents(task, tokenizer, length, options.depths, options.samples, options.words)
         found = list(answers(model, documents, config.attention, batch_tokens))
-        yield from ({"what": "cell", "task": task, **cell} for cell in cells(found, length, options.depths))
+        yield from ({"what": "cell", "task": name, **cell} for cell in cells(found, length, options.depths))
         whole = summary(found, length)
         facts = {"arm": config.arm, "settings": settings, "rope_factor": factor}
-        yield {"what": "summary", "task": task, **facts, **whole}
-        runtime.log.info("%s", _line(task, whole))
+        yield {"what": "summary", "task": name, **facts, **whole}
+        runtime.log.info("%s", _line(name, whole))
 
 
 def _line(task: str, row: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from nsa_train.data.tokenizer import Tokenizer
 from nsa_train.errors import ConfigError
 
 KINDS = {"needle": "needle", "multikey": "multikey", "vartrace": "tracing", "mqar": "mqar"}  # task -> kind of quiz
+HELDOUT_WORDS = "heldout"  # of `data.recall`, which training never saw
 CHARS_PER_TOKEN = 8.0  # a first guess, more than any tokenizer reaches: a quiz is only ever made smaller
 SHRINK = 0.995  # of a quiz that came out too long
 Span = tuple[int, int]  # tokens of a document, the end excluded
@@ -53,8 +54,10 @@ class Document:
     asked: tuple[Asked, ...]
 
 
-def make_documents(task: str, tokenizer: Tokenizer, length: int, depths: int, samples: int) -> Iterator[Document]:
-    """Documents of nearly but at most `length` tokens; the same arguments give the same ones.
+def make_documents(
+    task: str, tokenizer: Tokenizer, length: int, depths: int, samples: int, words: str = HELDOUT_WORDS
+) -> Iterator[Document]:
+    """Documents of nearly but at most `length` tokens, of the words of a split; the same arguments give the same ones.
 
     `samples` of each of `depths` depths; of mqar `samples` in all, whose questions ask at every depth.
     """
@@ -64,7 +67,7 @@ def make_documents(task: str, tokenizer: Tokenizer, length: int, depths: int, sa
             size = round(length * chars_per_token)
             while True:
                 draw = random.Random(runtime.seed_of("eval", task, length, depth, sample))
-                quiz = make_quiz(KINDS[task], draw, WORDS["heldout"], size, depth / max(1, depths - 1))
+                quiz = make_quiz(KINDS[task], draw, WORDS[words], size, depth / max(1, depths - 1))
                 found = _document(quiz, tokenizer, depths, None if everywhere else depth)
                 if len(found.tokens) <= length:
                     break

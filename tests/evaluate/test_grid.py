@@ -105,6 +105,9 @@ def test_the_heat_map_is_drawn(tmp_path):
 def test_options_are_read():
     options = Options.parse(["task=needle", "lengths=[512,1024]", "samples=3"])
     assert options == Options(("needle",), (512, 1024), 21, 3)
+    assert options.name_of("needle") == "needle"
+    options = Options.parse(["task=needle,heldout", "words=train"])
+    assert [options.name_of(task) for task in options.task] == ["needle_train", "heldout"]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +120,8 @@ def test_options_are_read():
         ([], "task= is no task"),
         (["task=needle", "lengths=8k"], "lengths=8k must be numbers from 1 on"),
         (["task=needle", "depths=0"], "depths=0 must be a number from 1 on"),
-        (["task=needle", "length=512"], "'length=512' is none of task=, lengths=, depths=, samples="),
+        (["task=needle", "length=512"], "'length=512' is none of task=, lengths=, depths=, samples=, words="),
+        (["task=needle", "words=test"], "words=test must be train or heldout"),
     ],
 )
 def test_wrong_options_are_named(words, message):

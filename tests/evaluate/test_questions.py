@@ -59,6 +59,18 @@ def test_a_multikey_quiz_has_many_facts_of_one_form(tokenizer):
         assert tokenizer.decode(document.tokens).count(form) == QUIZ_NEEDLES
 
 
+@pytest.mark.parametrize("task", KINDS)
+def test_the_words_of_training_can_be_asked_with(task, tokenizer):
+    text = {
+        words: tokenizer.decode(next(make_documents(task, tokenizer, LENGTH, 1, 1, words)).tokens) for words in WORDS
+    }
+    for words, of in WORDS.items():
+        digits = {*text[words]} & {*"0123456789"}
+        assert digits
+        assert digits <= {*of.digits}
+    assert text["heldout"] == tokenizer.decode(next(make_documents(task, tokenizer, LENGTH, 1, 1)).tokens)
+
+
 @pytest.mark.parametrize("task", ["needle", "multikey", "vartrace"])
 def test_the_first_fact_stands_at_its_depth(task, tokenizer):
     for document in made(task, tokenizer):

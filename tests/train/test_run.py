@@ -209,6 +209,12 @@ def test_the_export_is_asked_for_what_its_context_says(run, config, tmp_path):
     (whole,) = (row for row in result["rows"] if row["what"] == "summary")
     assert whole["samples"] == 2 * sum(row["zone"] is None for row in grid)
     assert (run / "eval" / "needle.png").is_file()
+    job = Job(["eval", run, "task=needle", "lengths=96", "depths=3", "samples=2", "words=train"], tmp_path / "trained")
+    assert job.wait() == 0, job.text
+    trained = json.loads((run / "eval" / "needle_train.json").read_text())["rows"]
+    assert {row["task"] for row in trained} == {"needle_train"}
+    assert (run / "eval" / "needle_train.png").is_file()
+    assert json.loads((run / "eval" / "needle.json").read_text()) == result
 
 
 def test_every_line_of_the_metrics_has_the_promised_keys(run, config):
