@@ -6,7 +6,8 @@ import torch
 
 from nsa_train.ops import selected
 from nsa_train.ops.documents import Documents
-from nsa_train.ops.reference import NSASpec, attend, random_scores, select_blocks, slc_visible
+from nsa_train.ops.fixed_blocks import fixed_blocks
+from nsa_train.ops.reference import NSASpec, attend, slc_visible
 from nsa_train.packing import Packing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,7 +26,8 @@ def inputs(lengths, sizes, Hk=1, G=2, D=8, Dv=6, seed=0, dtype=torch.float32):
     T = sum(lengths)
     shapes = (T, Hk * G, D), (T, Hk, D), (T, Hk, Dv), (T, Hk * G, Dv)
     q, k, v, do = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
-    blocks = torch.cat([select_blocks(random_scores(L, Hk, sizes), sizes) for L in lengths]).to(DEVICE)
+    positions = torch.cat([torch.arange(L) for L in lengths])
+    blocks = fixed_blocks(positions, Hk, sizes, torch.tensor(0)).to(DEVICE)
     return q, k, v, blocks, do, torch.rand(T, Hk * G, generator=generator).to(DEVICE) + 0.1
 
 

@@ -14,6 +14,7 @@ from nsa_train.cli import COMMANDS, main
 from nsa_train.config.load import load_config
 from nsa_train.model.counts import count_parameters, meta_model
 from nsa_train.ops import reference
+from nsa_train.ops.fixed_blocks import fixed_blocks
 from nsa_train.plan import flops
 from nsa_train.plan.memory import states
 
@@ -69,7 +70,7 @@ def test_the_plan_counts_the_keys_that_the_reference_shows_a_query(arm):
     config = load_config([f"attention={arm}", "trainer.seq_len=133", *sizes])
     a, L = config.attention, config.trainer.seq_len
     spec = reference.NSASpec(a.cmp_block, a.cmp_stride, a.slc_block, a.slc_count, a.slc_init, a.slc_local, a.window)
-    blocks = reference.select_blocks(reference.random_scores(L, 1, spec), spec)
+    blocks = fixed_blocks(torch.arange(L), 1, spec, torch.tensor(0))
     seen = {
         "full": torch.ones(L, L).tril(), "cmp": reference.cmp_visible(L, spec),
         "slc": reference.slc_visible(blocks, L, spec)[:, 0], "win": reference.win_visible(L, spec.window),

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
 from nsa_train.config.schema import AttentionConfig, ModelConfig
 from nsa_train.model.branches import PHI, KeyValue, kv_name, spec_of
 from nsa_train.model.layers import apply_rope
-from nsa_train.ops import reference
 from nsa_train.ops.dense import dense_attention
+from nsa_train.ops.fixed_blocks import fixed_blocks
 from nsa_train.ops.linear import linears
 from nsa_train.ops.nsa import chosen_backend, nsa_attention
 from nsa_train.ops.segments import Segments
@@ -48,14 +46,12 @@ class Layout(NamedTuple):
 
     segments    where the compression blocks lie; None without compression
     cmp_angles  of each block's first token
-    blocks      [T, Hk, n] int32, chosen in advance for the ablations of `selection`; None: the op chooses
     """
 
     packing: Packing
     angles: Angles
     segments: Segments | None
     cmp_angles: Angles | None
-    blocks: Tensor | None
 
 
 def common_share(x: Tensor) -> float:
@@ -74,7 +70,13 @@ class Gate(nn.Linear):
 
 
 class Attention(nn.Module):
-    """[T, M] -> [T, M], documents kept apart by the packing."""
+    """[T, M] -> [T, M], documents kept apart by the packing.
+
+    draw  of the free blocks where `selection` is random, else None: of `fixed_blocks`, see `Transformer.draw_blocks`.
+          A buffer, so that checkpoints and exports know which blocks the weights were trained with
+    """
+
+    draw: Tensor | None
 
     def __init__(self, model: ModelConfig, attention: AttentionConfig) -> None:
         super().__init__()
@@ -91,6 +93,9 @@ class Attention(nn.Module):
         if attention.gate:
             self.gate = Gate(model.width, model.heads * len(attention.branches))
         self.o = nn.Linear(model.heads * model.value_dim, model.width, bias=False)
+        drawn = "slc" in attention.branches and attention.selection == "random"
+        draw = torch.zeros((), dtype=torch.int64, device="cpu")  # real, even in a model on the meta device
+        self.register_buffer("draw", draw if drawn else None)
 
     def project(self, x: Tensor) -> tuple[dict[str, KV], Tensor | None]:
         """K [T, Hk, D] and V [T, Hk, Dv] by name, and eq. 5's gates [T, Hq, branches] in the order of `branches`."""
@@ -106,11 +111,11 @@ class Attention(nn.Module):
     def layout(self, packing: Packing, angles: Angles) -> Layout:
         """Of a batch, for all layers of the model."""
         if "cmp" not in self.config.branches:
-            return Layout(packing, angles, None, None, None)
+            return Layout(packing, angles, None, None)
         segments = Segments(packing.cu_seqlens, packing.tokens, self.spec)
         cos, sin = angles
         cmp_angles = cos[segments.first_token], sin[segments.first_token]
-        return Layout(packing, angles, segments, cmp_angles, self._chosen_blocks(packing))
+        return Layout(packing, angles, segments, cmp_angles)
 
     def forward(self, x: Tensor, layout: Layout, probe: Probe | None = None) -> Tensor:
         """x [T, M] normed layer input -> [T, M]; a probe is filled with this layer's statistics."""
@@ -150,7 +155,7 @@ class Attention(nn.Module):
         packing = layout.packing
         o, details = nsa_attention(
             q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, self._op_gates(gates), self.spec, packing.cu_seqlens,
-            blocks=layout.blocks, backend=self.config.backend, return_details=True,
+            blocks=self._fixed_blocks(packing), backend=self.config.backend, return_details=True,
         )  # fmt: skip
         if self.watcher is not None:
             self.watcher(Attended(q, k_slc, details.blocks if "slc" in self.config.branches else None))
@@ -177,22 +182,12 @@ class Attention(nn.Module):
         assert layout.cmp_angles is not None
         return apply_rope(self.phi_k(k, layout.segments), layout.cmp_angles), self.phi_v(v, layout.segments)
 
-    def _chosen_blocks(self, packing: Packing) -> Tensor | None:
-        """Blocks fixed in advance for the ablations of `selection`; None: the op picks the best (topn).
+    def _fixed_blocks(self, packing: Packing) -> Tensor | None:
+        """Blocks that the ablations of `selection` read; None: the op picks the best (topn).
 
-        Without the branch that reads them, only the forced ones, so that none are scored.
+        Without the branch that reads them, only the forced ones, so that none are scored. Made in each layer, and again
+        where it is recomputed: 4 T Hk n bytes, which the op keeps for its backward pass like blocks that it chose.
         """
-        selection = self.config.selection if "slc" in self.config.branches else "none"
-        if selection == "topn":
+        if "slc" in self.config.branches and self.config.selection == "topn":
             return None
-        device, spec = packing.cu_seqlens.device, self.spec
-        forced = spec.slc_init + spec.slc_local
-        parts = []
-        for length in packing.lengths:
-            scores = reference.random_scores(length, self.kv_heads, spec, device)
-            if selection == "random":
-                parts.append(reference.select_blocks(scores, spec))
-            else:
-                only_forced = reference.select_blocks(scores, replace(spec, slc_count=forced))
-                parts.append(F.pad(only_forced, (0, spec.slc_count - forced), value=-1))
-        return torch.cat(parts)
+        return fixed_blocks(packing.positions, self.kv_heads, self.spec, self.draw)

@@ -19,6 +19,7 @@ from nsa_train.model.moe import MoE
 from nsa_train.model.router import Router, Routing, update_bias
 from nsa_train.ops.loss import chunked_token_losses
 from nsa_train.packing import Packing
+from nsa_train.runtime import seed_of
 
 
 class Output(NamedTuple):
@@ -116,10 +117,17 @@ class Transformer(nn.Module):
         return {name: partial(make, name, parameter.shape) for name, parameter in self.named_parameters()}
 
     def start(self, seed: int) -> None:
-        """Set every parameter to its initial values."""
+        """Set every parameter to its initial values, and what is drawn beside them."""
+        self.draw_blocks(seed)
         made = self.initial_values(seed)
         with ThreadPoolExecutor() as threads:  # each parameter has its own generator, which one core runs
             list(threads.map(lambda item: item[1].detach().copy_(made[item[0]]()), self.named_parameters()))
+
+    def draw_blocks(self, seed: int) -> None:
+        """Where `attention.selection` is random, draw which free blocks queries read: others in every layer."""
+        for number, layer in enumerate(self.layers):
+            if layer.attention.draw is not None:  # type: ignore[union-attr]
+                layer.attention.draw.fill_(seed_of(seed, "blocks", number) % 2**32)  # type: ignore[union-attr]
 
     def recompute_activations(self, parts: Collection[LayerPart]) -> None:
         """In training, have the backward pass compute these parts of every layer again instead of keeping them."""

@@ -173,15 +173,6 @@ def select_blocks(scores: Tensor, spec: NSASpec) -> Tensor:
     return chosen.masked_fill(chosen == J, -1).to(torch.int32)
 
 
-def random_scores(L: int, Hk: int, spec: NSASpec, device: torch.device | None = None) -> Tensor:
-    """Scores [L, Hk, J] for the ablation that chooses free blocks at random: a hash of (t, head, block), no state."""
-    t, h = torch.arange(L, device=device)[:, None, None], torch.arange(Hk, device=device)[None, :, None]
-    j = torch.arange(-(-L // spec.slc_block), device=device)
-    mixed = t * 2654435761 + h * 40503 + j * 2246822519
-    mixed = (mixed ^ (mixed >> 15)) * 2146121005 % 2**32
-    return ((mixed ^ (mixed >> 13)) * 739982445 % 2**24).float()
-
-
 # The three branches and their sum: eq. 5 and 12 -----------------------------------------------------------------------
 
 

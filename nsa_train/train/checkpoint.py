@@ -3,7 +3,7 @@
     checkpoints/step_50/          complete: the directory was renamed to this after its manifest was on disk
         manifest.json             step, tokens, model identity, layout, size and sha256 of every other file
         optimizer_00000.safetensors   rank 0's pieces of fp32 weights and Adam moments, and its random states
-        buffers.safetensors       router biases, the head's prior
+        buffers.safetensors       router biases, the head's prior, draws of random blocks
     checkpoints/latest.json       pointer for people and scripts; resuming looks at the directories themselves
     checkpoints/step_50.tmp-*     being written, or torn by a kill: never read, removed by the next save
     checkpoints/step_50.corrupt   found damaged: named in the log, never read

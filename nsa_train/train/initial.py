@@ -75,6 +75,7 @@ def start_weights(
     """
     named = sorted((name, list(parameter.shape)) for name, parameter in model.named_parameters())
     make = model.initial_values(seed)
+    model.draw_blocks(seed)
     lines: list[str] = []
     with contextlib.ExitStack() as files:
         if place:
@@ -89,8 +90,9 @@ def take_weights(
 ) -> tuple[dict[str, Callable[[], Tensor]], list[str]]:
     """Copy buffers from `place`, and by parameter what reads its values (fp32) from there, while `files` is open.
 
-    Buffers are router biases and the head's prior. Also lines that say what is taken and what not. NsaTrainError where
-    a tensor has another shape there, where none is one of the model's, or where a file is damaged.
+    Buffers are router biases, the head's prior and draws of random blocks. Also lines that say what is taken and what
+    not. NsaTrainError where a tensor has another shape there, where none is one of the model's, or where a file is
+    damaged.
     """
     folder = place if isinstance(place, Path) else place.path
     wanted, buffers = {**dict(model.named_parameters()), **dict(model.named_buffers())}, dict(model.named_buffers())

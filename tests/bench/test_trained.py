@@ -8,15 +8,15 @@ from nsa_train.bench.attention import SPEC
 from nsa_train.bench.trained import TrainedBlocks
 from nsa_train.cli import main
 from nsa_train.errors import NsaTrainError
+from nsa_train.ops.fixed_blocks import fixed_blocks
 from nsa_train.ops.nsa import NSASpec
-from nsa_train.ops.reference import random_scores, select_blocks
 
 LENGTHS = (90, 7, 1503)
 
 
 def made(layers=3, heads=2, spec=SPEC):
     """Every layer and KV head has blocks of its own."""
-    parts = [select_blocks(random_scores(n, layers * heads, spec), spec) for n in LENGTHS]
+    parts = [fixed_blocks(torch.arange(n), layers * heads, spec, torch.tensor(0)) for n in LENGTHS]
     blocks = torch.cat(parts).unflatten(1, (layers, heads)).transpose(0, 1).numpy().astype(np.int16)
     bounds = np.cumsum([0, *LENGTHS]).astype(np.int32)
     return TrainedBlocks(blocks, bounds, np.arange(layers, dtype=np.int32), spec)

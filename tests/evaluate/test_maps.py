@@ -8,8 +8,9 @@ import torch
 from nsa_train.evaluate.maps import CELLS, Map, attention_maps, cell_tokens, map_of, plot_maps
 from nsa_train.model.attention import Attended
 from nsa_train.ops import statistics
+from nsa_train.ops.fixed_blocks import fixed_blocks
 from nsa_train.ops.nsa import NSASpec
-from nsa_train.ops.reference import attend, random_scores, select_blocks, slc_visible
+from nsa_train.ops.reference import attend, slc_visible
 
 SPEC = NSASpec(4, 4, slc_block=16, slc_count=8, slc_init=1, slc_local=2, window=4)
 LENGTH = 1003  # cells of 4 tokens, the last one cut
@@ -24,7 +25,7 @@ def attended():
     draw = torch.Generator().manual_seed(0)
     q, k = (2 * torch.randn(LENGTH, heads, 8, generator=draw) for heads in (6, 2))
     k[777, 0] = 20 * q[900, 2]  # the last head of the first KV head looks back from 900 to 777
-    return Attended(q, k, select_blocks(random_scores(LENGTH, 2, SPEC), SPEC))
+    return Attended(q, k, fixed_blocks(torch.arange(LENGTH), 2, SPEC, torch.tensor(0)))
 
 
 def test_cells_hold_the_largest_attention_of_their_tokens(attended, monkeypatch):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from nsa_train.ops import statistics
+from nsa_train.ops.fixed_blocks import fixed_blocks
 from nsa_train.ops.nsa import NSASpec
-from nsa_train.ops.reference import random_scores, select_blocks
 
 pytestmark = pytest.mark.gpu
 
@@ -18,7 +18,7 @@ FIRST = SPEC.slc_count * SPEC.slc_block
 def case(L):
     draw = torch.Generator().manual_seed(0)
     q, k = (torch.randn(L, heads, 64, generator=draw).bfloat16() for heads in (16, 1))
-    return q, k, select_blocks(random_scores(L, 1, SPEC), SPEC)
+    return q, k, fixed_blocks(torch.arange(L), 1, SPEC, torch.tensor(0))
 
 
 def test_a_gpu_finds_what_a_cpu_finds():

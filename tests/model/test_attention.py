@@ -31,7 +31,7 @@ def inputs(attention, packing=PACKING, seed=0):
 @pytest.mark.parametrize("selection", ["random", "none"])
 def test_ablations_read_legal_blocks(selection):
     spec_n, Hk = NSA.slc_count, 2
-    blocks = Attention(MODEL, nsa(selection=selection))._chosen_blocks(PACKING)
+    blocks = Attention(MODEL, nsa(selection=selection))._fixed_blocks(PACKING)
     assert blocks.shape == (PACKING.tokens, Hk, spec_n)
     assert blocks.dtype == torch.int32
     for t, position in enumerate(PACKING.positions.tolist()):
@@ -48,8 +48,8 @@ def test_ablations_read_legal_blocks(selection):
 def test_random_blocks_differ_between_queries_and_heads_but_not_between_calls():
     attention = Attention(MODEL, nsa(selection="random"))
     packing = Packing.from_lengths([200])
-    blocks = attention._chosen_blocks(packing)
-    assert torch.equal(blocks, attention._chosen_blocks(packing))
+    blocks = attention._fixed_blocks(packing)
+    assert torch.equal(blocks, attention._fixed_blocks(packing))
     late = blocks[100:]
     assert (late[:, 0] != late[:, 1]).any(-1).float().mean() > 0.5
     assert (late[1:] != late[:-1]).any(-1).float().mean() > 0.5
@@ -58,7 +58,7 @@ def test_random_blocks_differ_between_queries_and_heads_but_not_between_calls():
 
 
 def test_topn_lets_the_op_choose():
-    assert Attention(MODEL, NSA)._chosen_blocks(PACKING) is None
+    assert Attention(MODEL, NSA)._fixed_blocks(PACKING) is None
 
 
 def test_full_attention_is_rotated_attention_of_each_document():
@@ -178,8 +178,8 @@ def test_an_arm_without_a_branch_is_nsa_with_that_gate_closed(arm, missing, back
 
 
 def test_without_selected_blocks_no_block_is_scored():
-    blocks = Attention(MODEL, ARMS["nsa-no_slc"])._chosen_blocks(PACKING)
-    assert torch.equal(blocks, Attention(MODEL, nsa(selection="none"))._chosen_blocks(PACKING))
+    blocks = Attention(MODEL, ARMS["nsa-no_slc"])._fixed_blocks(PACKING)
+    assert torch.equal(blocks, Attention(MODEL, nsa(selection="none"))._fixed_blocks(PACKING))
 
 
 def test_a_large_window_and_all_blocks_make_nsas_branches_full_attention():

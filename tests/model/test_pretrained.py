@@ -32,7 +32,7 @@ def reopened(folder, **arguments):
 TOKENS = rows()[0][:40].view(2, 20)
 
 
-@pytest.mark.parametrize("arm", ["full", "nsa", "nsa-linear", "nsa-shared_kv"])
+@pytest.mark.parametrize("arm", ["full", "nsa", "nsa-linear", "nsa-shared_kv", "nsa-random"])
 def test_the_export_opens_with_equal_logits(tmp_path, arm):
     model = exported(tmp_path, ARMS[arm])
     with torch.no_grad():
@@ -71,6 +71,17 @@ def test_the_routers_bias_and_the_heads_prior_stay_fp32_in_a_bf16_model(tmp_path
     assert set(others.values()) == {torch.bfloat16}, others
     with torch.no_grad():
         assert torch.isfinite(half(TOKENS).logits).all()
+
+
+def test_random_blocks_are_those_of_the_run_in_every_dtype(tmp_path):
+    model = exported(tmp_path, ARMS["nsa-random"], seed=3)
+    draws = [layer.attention.draw for layer in model.transformer.layers]
+    assert len({int(draw) for draw in draws} | {0}) == 1 + MODEL.layers
+    for dtype in (torch.float32, torch.bfloat16):
+        again = reopened(tmp_path, dtype=dtype).transformer
+        for layer, draw in zip(again.layers, draws, strict=True):
+            assert torch.equal(layer.attention.draw, draw)
+            assert layer.attention.draw.dtype == torch.int64
 
 
 def test_tied_weights_stay_tied(tmp_path):

@@ -133,7 +133,7 @@ def test_every_parameter_gets_a_gradient(arm):
 
 
 @pytest.mark.parametrize("parts", [("attention",), ("mlp",), ("attention", "mlp")], ids=",".join)
-@pytest.mark.parametrize("arm", ["full", "nsa"])
+@pytest.mark.parametrize("arm", ["full", "nsa", "nsa-random"])
 def test_recomputing_changes_no_bit_and_runs_the_named_parts_twice_and_all_else_once(arm, parts):
     plain, again = (build(ARMS[arm], layers=3).train() for _ in range(2))
     again.recompute_activations(parts)
@@ -299,6 +299,32 @@ def test_selected_blocks_are_kept_while_somebody_asks(arm):
     shape = (sum(LENGTHS), MODEL.kv_heads, NSA.slc_count)
     selects = "slc" in ARMS[arm].branches  # without it the op gets the forced blocks, which nobody reads
     assert [tuple(blocks.shape) for blocks in kept] == ([shape] * MODEL.layers if selects else [])
+
+
+def blocks_of(model, packing):
+    """[layers, T, Hk, n] that a pass reads."""
+    kept = []
+    model.keep_blocks(kept)
+    with torch.no_grad():
+        model.hidden(torch.zeros(packing.tokens, dtype=torch.int64), packing)
+    model.keep_blocks(None)
+    return torch.stack(kept)
+
+
+def test_random_blocks_differ_between_layers_and_seeds_but_not_between_passes_and_documents():
+    lengths, sizes = (200, 31, 120), {"layers": 8, "max_seq_len": 512}
+    one, again, other = (build(ARMS["nsa-random"], seed=seed, **sizes) for seed in (3, 3, 4))
+    packing = Packing.from_lengths(lengths)
+    found = blocks_of(one, packing)
+    assert torch.equal(found, blocks_of(one, packing))
+    assert torch.equal(found, blocks_of(again, packing))
+    late = packing.positions >= 60  # 12 free blocks and more, of which n has room for one
+    for a, b in [*combinations(found, 2), (found[0], blocks_of(other, packing)[0])]:
+        assert float((a == b)[late].all(-1).float().mean()) < 0.15
+    read = [set(found[:, t].flatten().tolist()) for t in range(190, 200)]  # of 47 free blocks, 16 draws
+    assert min(map(len, read)) > 3 + 8
+    alone = torch.cat([blocks_of(one, Packing.from_lengths([length])) for length in lengths], 1)
+    assert torch.equal(found, alone)
 
 
 @pytest.mark.parametrize("arm", ["nsa", "nsa-shared_kv", "nsa-no_win", "full", "full_gated"])

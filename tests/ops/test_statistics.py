@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from nsa_train.ops import statistics
+from nsa_train.ops.fixed_blocks import fixed_blocks
 from nsa_train.ops.nsa import NSASpec
-from nsa_train.ops.reference import attend, random_scores, select_blocks
+from nsa_train.ops.reference import attend
 from nsa_train.ops.statistics import selection_statistics
 
 SPEC = NSASpec(1, 1, slc_block=2, slc_count=3, slc_init=0, slc_local=1, window=1)
@@ -62,7 +63,7 @@ def case(seed=0, spec=WIDE):
     """q, k of one document whose attention is far from even, and blocks chosen at random."""
     draw = torch.Generator().manual_seed(seed)
     q, k = (3 * torch.randn(LENGTH, heads, D, generator=draw) for heads in (HQ, HK))
-    return q, k, select_blocks(random_scores(LENGTH, HK, spec), spec)
+    return q, k, fixed_blocks(torch.arange(LENGTH), HK, spec, torch.tensor(0))
 
 
 def sets(blocks):

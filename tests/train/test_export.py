@@ -102,6 +102,23 @@ def test_what_opens_as_another_model_is_refused_and_the_export_that_was_there_st
 
 
 @pytest.mark.process
+def test_random_blocks_of_the_runs_seed_are_in_its_checkpoints_and_its_export(train, tmp_path):
+    words = ["attention=nsa_random", "seed=3"]
+    job = train(*words, "trainer.export=true", "trainer.steps=3")
+    assert job.wait() == 0, job.text
+    config = load_config([*SMALL, *words])
+    model = Transformer(config.model, config.attention, config.moe)
+    model.start(config.seed)
+    exported = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step_3" / "buffers.safetensors")
+    for number, layer in enumerate(model.layers):
+        name = f"layers.{number}.attention.draw"
+        assert layer.attention.draw > 0
+        assert torch.equal(saved[name], layer.attention.draw)
+        assert torch.equal(exported[f"transformer.{name}"], layer.attention.draw)
+
+
+@pytest.mark.process
 def test_a_run_whose_export_is_another_model_keeps_its_checkpoints_and_is_ended_later(train_ranks, tmp_path):
     def start(**how):
         jobs = train_ranks(2, "parallel=zero3", "trainer.export=true", "trainer.steps=3", **how)

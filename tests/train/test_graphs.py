@@ -56,7 +56,7 @@ def results(model, batch):
     return [x.detach().clone() for x in (*out, *gradients)]
 
 
-@pytest.mark.parametrize("arm", ["nsa", "nsa_no_win", "nsa_shared_kv"])
+@pytest.mark.parametrize("arm", ["nsa", "nsa_no_win", "nsa_shared_kv", "nsa_random", "nsa_no_slc"])
 def test_replayed_passes_give_the_bits_of_plain_ones_whatever_the_documents(arm):
     plain, replayed = (small_model(f"attention={arm}") for _ in range(2))
     replayed.forward = ReplayedPasses(replayed, Again)
