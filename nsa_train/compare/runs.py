@@ -284,11 +284,17 @@ def _same_rows_and_weights(runs: Sequence[Run]) -> Iterator[str]:
     Runs that go on from others (`init_from`) are alike when those are.
     """
     first: dict[int, Run] = {}
+    sampled: dict[tuple[int, int], tuple[str, Run]] = {}  # of a seed and a place in the lineage; older runs have none
     weights: dict[int, dict[str, str]] = {}  # of a seed, by name and shape, whichever arm had them first
     for run in runs:
         other, known = first.setdefault(run.seed, run), weights.setdefault(run.seed, {})
         if run.rows_read != other.rows_read:
             yield f"{run.path}: other rows in another order than {other.path}, though both have seed {run.seed}"
+        for place, one in enumerate(run.lineage):
+            if sample := one.get("rows_sample_sha256"):
+                expected, by = sampled.setdefault((run.seed, place), (sample, run))
+                if sample != expected:
+                    yield f"{run.path}: other tokens in its rows than {by.path}: their commits make rows in other ways"
         ours = run.drawn_weights
         unlike = [name for name in ours.keys() & known.keys() if ours[name] != known[name]]
         if unlike or (known and not ours.keys() & known.keys()):

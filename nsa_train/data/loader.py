@@ -26,7 +26,7 @@ NO_LABEL = -100
 PADDING_TOKEN = 0
 NO_SOURCE = -1
 NO_DOCUMENT = -1
-COUNTED_STEPS = 16  # of a run, for the frequencies of its tokens
+SAMPLED_STEPS = 16  # of a run, for the frequencies of its tokens and for a hash of what it reads
 
 
 class Row(NamedTuple):
@@ -94,6 +94,7 @@ class Loader:
         self._names: list[str] = store.manifest["sources"]
         self._count = np.arange(max(stage.seq_len for stage in stages), dtype=np.int32)
         self._mixture = lru_cache(maxsize=None)(self._make_mixture)
+        self.sample_sha256 = lru_cache(maxsize=None)(self._hash_sample)
         facts = [(s.first_step, s.seq_len, s.batch_rows, list(s.mixture.items())) for s in self.stages]
         identity = [store.hash, store.split, facts, [getattr(data, key) for key in PACKING_KEYS], seed]
         self.fingerprint: str = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
@@ -165,12 +166,27 @@ class Loader:
         return found
 
     def label_counts(self, steps: int, vocab: int) -> np.ndarray:
-        """How often each token is a label in COUNTED_STEPS of the first `steps` steps, evenly spaced; int64 [vocab]."""
+        """How often each token is a label in the sample of the first `steps` steps; int64 [vocab]."""
         counts = np.zeros(vocab, np.int64)
-        for step in np.linspace(0, steps - 1, min(steps, COUNTED_STEPS)).astype(int).tolist():
-            for batch in self.micro_batches(step, 0, 1, micro_rows=1):
-                counts += np.bincount(batch.labels[batch.labels != NO_LABEL].numpy(), minlength=vocab)
+        for batch in self._sample(steps):
+            counts += np.bincount(batch.labels[batch.labels != NO_LABEL].numpy(), minlength=vocab)
         return counts
+
+    def _sample(self, steps: int) -> Iterator[Batch]:
+        """All rows of SAMPLED_STEPS of the first `steps` steps, evenly spaced."""
+        for step in np.linspace(0, steps - 1, min(steps, SAMPLED_STEPS)).astype(int).tolist():
+            yield from self.micro_batches(step, 0, 1, micro_rows=1)
+
+    def _hash_sample(self, steps: int) -> str:
+        """Of tokens and document bounds in the sample: it tells what code made of a plan, which `fingerprint` does not.
+
+        For any number of ranks; `sample_sha256` of a run is that of its trainer.steps.
+        """
+        digest = hashlib.sha256()
+        for batch in self._sample(steps):
+            digest.update(batch.tokens.numpy())
+            digest.update(batch.packing.cu_seqlens.numpy())
+        return digest.hexdigest()
 
     def epochs(self, steps: int) -> dict[str, float]:
         """How often the first `steps` steps read each source."""
@@ -213,23 +229,31 @@ class Loader:
     def corpus_hash(self) -> str:
         return self._store.hash
 
-    def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint keeps after `step` steps. Only the step is needed to go on; the rest says what it means."""
+    def state(self, step: int, steps: int) -> dict[str, Any]:
+        """What a checkpoint keeps after `step` of `steps` steps. Only the step is needed to go on; the rest says what
+        it means."""
         stage = self.stage(step)
         rows = (step - stage.first_step) * stage.batch_rows
         return {
             "step": step, "stage": stage.name, "rows_consumed": rows,
             "epoch": sum(self.tokens_read(step).tolist()) / int(self._store.offsets[-1]), "seed": self._seed,
-            "fingerprint": self.fingerprint,
+            "fingerprint": self.fingerprint, "sample_sha256": self.sample_sha256(steps),
         }  # fmt: skip
 
-    def check_state(self, state: dict[str, Any]) -> None:
-        """Raise DataError unless a checkpoint's state belongs to this corpus, packing, batch and seed."""
+    def check_state(self, state: dict[str, Any], steps: int) -> None:
+        """Raise DataError unless a checkpoint of a run of `steps` steps is of this corpus, packing, batch and seed, and
+        of code that makes the same rows of them."""
         if state["fingerprint"] != self.fingerprint:
             raise DataError(
                 f"the checkpoint at step {state['step']} read other rows (fingerprint {state['fingerprint'][:12]}, now "
                 f"{self.fingerprint[:12]}): the corpus, trainer.seq_len, trainer.batch_rows, the packing or mixture in "
                 "data, stages or seed changed; set them back, or start under a new name"
+            )
+        if state.get("sample_sha256", self.sample_sha256(steps)) != self.sample_sha256(steps):  # none in older versions
+            raise DataError(
+                f"the checkpoint at step {state['step']} is of a version of nsa_train that packs or orders these rows "
+                "in another way; go on with that version (`commit` in the run's manifest.json), or start under a new "
+                "name"
             )
 
     # How it is made ---------------------------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ def origin_of(place: Path | checkpoint.Found) -> dict[str, Any]:
     return {
         "folder": str(place.path), "step": state["progress"]["step"],
         "rows_fingerprint": state["loader"]["fingerprint"],
+        "rows_sample_sha256": state["loader"].get("sample_sha256"),
         "initial_weights_sha256": state["progress"]["initial_weights"], "origin": state["progress"].get("origin"),
     }  # fmt: skip
 

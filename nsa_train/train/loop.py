@@ -181,7 +181,7 @@ class _Run:
             state = self.found.manifest["state"]
             checkpoint.restore(self.found, self.engine)
             self.watchdog.beat()
-            self.loaders["train"].check_state(state["loader"])
+            self.loaders["train"].check_state(state["loader"], self.config.trainer.steps)
             self.progress = Progress(**state["progress"])
             self.spikes.load_state(state["spikes"])
             self.bad_steps.in_a_row = state.get("bad_steps_in_a_row", 0)  # not in checkpoints of older versions
@@ -377,7 +377,7 @@ class _Run:
         self.progress.wall_s = self._wall_s()
         state = {
             "progress": vars(self.progress).copy(),
-            "loader": self.loaders["train"].state(self.progress.step),
+            "loader": self.loaders["train"].state(self.progress.step, self.config.trainer.steps),
             "corpus_hash": self.facts["hash"],
             "wandb_id": self.wandb_id,
             "spikes": self.spikes.state(),
@@ -413,7 +413,7 @@ class _Run:
             "tokenizer_sha256": self.facts["tokenizer_sha256"],
             "common_weights_sha256": common_hash(self.progress.initial_weights),
             "initial_weights_sha256": self.progress.initial_weights,
-            "rows_fingerprint": self.loaders["train"].fingerprint,
+            "rows_fingerprint": train.fingerprint, "rows_sample_sha256": train.sample_sha256(steps),
             "origin": self.progress.origin,
             "commit": runtime.git_commit(),
             "versions": runtime.versions(),

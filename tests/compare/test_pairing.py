@@ -53,6 +53,17 @@ def test_a_breach_is_refused_with_its_reason(change, words, tmp_path):
     assert words in refusal(make_run(tmp_path, "full"), make_run(tmp_path, "nsa", **change))
 
 
+def test_rows_that_other_code_made_of_the_same_plan_are_refused(tmp_path):
+    """Where two runs tell a hash of them, also beside runs of before, which tell none."""
+    arms = {"full": {}, "nsa": {"rows_sample_sha256": "x"}, "window": {"rows_sample_sha256": "y"}}
+    runs = [make_run(tmp_path, arm, manifest=facts) for arm, facts in arms.items()]
+    Arms.read(runs[:2])
+    said = refusal(*runs)
+    assert f"{runs[2]}: other tokens in its rows than {runs[1]}: their commits make rows in other ways" in said
+    other_seed = [make_run(tmp_path, arm, 1, manifest={"rows_sample_sha256": "z"}) for arm in ("full", "nsa")]
+    Arms.read([*runs[:2], *other_seed])
+
+
 def test_weights_that_the_baseline_lacks_must_be_alike_too(tmp_path):
     arms = {"full": {}, "nsa": {"kv.win [2]": "x"}, "window": {"kv.win [2]": "y"}}
     runs = [
@@ -62,10 +73,11 @@ def test_weights_that_the_baseline_lacks_must_be_alike_too(tmp_path):
     assert "window-0: starts from other weights than runs of the same seed" in refusal(*runs)
 
 
-def going_on(runs, arm, step=6, rows="rows of seed 0", **drawn):
+def going_on(runs, arm, step=6, rows="rows of seed 0", sample="x", **drawn):
     """A run from weights that another one trained, which differ in every arm."""
     began = {name: f"{value}0" for name, value in {**WEIGHTS, **drawn}.items()}
-    origin = {"folder": "x", "step": step, "rows_fingerprint": rows, "initial_weights_sha256": began, "origin": None}
+    read = {"rows_fingerprint": rows, "rows_sample_sha256": sample}
+    origin = {"folder": "x", "step": step, **read, "initial_weights_sha256": began, "origin": None}
     facts = {"origin": origin, "initial_weights_sha256": dict.fromkeys(began, f"{arm} trained")}
     return make_run(runs, arm, manifest=facts, overrides=[f"init_from={runs}/tiny-{arm}-seed0"])
 
@@ -80,6 +92,7 @@ def test_runs_that_go_on_from_paired_runs_are_taken(tmp_path):
     [
         ({"step": 5}, "nsa-0: goes on from [5] steps, but "),
         ({"rows": "others"}, "nsa-0: other rows in another order than "),
+        ({"sample": "y"}, "nsa-0: other tokens in its rows than "),
         ({"embed.weight [8, 4]": "x"}, "nsa-0: starts from other weights than"),
     ],
 )

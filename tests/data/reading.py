@@ -16,7 +16,7 @@ from server import SERVER
 
 from nsa_train.data.store import TokenStore
 
-SAVE_EVERY = 4
+SAVE_EVERY, STEPS = 4, 40
 STAGES = [stage(0, 256, 12), stage(9, 512, 6, a=0.7, b=0.3)]
 
 
@@ -31,7 +31,7 @@ def read(folder: Path, rank: int, world: int, until: int, die: bool) -> None:
     first = 0
     if (folder / "start.json").exists():
         state = json.loads((folder / "start.json").read_text())
-        loader.check_state(state)
+        loader.check_state(state, STEPS)
         first = state["step"]
     with (folder / f"rank{rank}of{world}.txt").open("a") as out:
         for step in range(first, until):
@@ -42,7 +42,7 @@ def read(folder: Path, rank: int, world: int, until: int, die: bool) -> None:
                     digests.append(hashlib.sha256(row.tobytes()).hexdigest()[:16])
             print(step, *digests, file=out, flush=True)
             if rank == 0 and (step + 1) % SAVE_EVERY == 0:
-                (folder / "state.json").write_text(json.dumps(loader.state(step + 1)))
+                (folder / "state.json").write_text(json.dumps(loader.state(step + 1, STEPS)))
     if die:
         os.kill(os.getpid(), 9)
 

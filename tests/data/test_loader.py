@@ -5,15 +5,18 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from loaders import BATCH_ROWS, MAX_DOCUMENTS, SEQ_LEN, make_loader
+from loaders import BATCH_ROWS, MAX_DOCUMENTS, SEQ_LEN, make_loader, stage
 
 from nsa_train.bench.data import realistic_lengths
+from nsa_train.data import loader as loader_module
 from nsa_train.data.loader import NO_DOCUMENT, NO_LABEL, NO_SOURCE, deal
+from nsa_train.data.mixture import Mixture, Stream
 from nsa_train.data.pack import Stretches, make_plan
 from nsa_train.data.prepare import prepare
 from nsa_train.data.stages import largest_divisor
 from nsa_train.data.store import TokenStore
 from nsa_train.errors import ConfigError, DataError
+from nsa_train.packing import Packing
 
 
 @pytest.fixture
@@ -229,10 +232,12 @@ def test_moving_a_batch_keeps_its_content(loader):
 
 
 def test_a_checkpoint_of_the_same_run_is_accepted(store, loader):
-    state = loader.state(12)
+    state = loader.state(12, 40)
     assert (state["step"], state["stage"], state["rows_consumed"], state["seed"]) == (12, "all", 96, 1)
     assert state["epoch"] == pytest.approx(96 / rows_in_epoch(loader), rel=0.05)
-    make_loader(store).check_state(state)
+    make_loader(store).check_state(state, 40)
+    del state["sample_sha256"]  # of an older version
+    make_loader(store).check_state(state, 40)
 
 
 @pytest.mark.parametrize(
@@ -241,14 +246,56 @@ def test_a_checkpoint_of_the_same_run_is_accepted(store, loader):
 )
 def test_a_checkpoint_of_another_packing_is_refused(change, store, loader):
     with pytest.raises(DataError, match=r"step 12 read other rows.*trainer\.seq_len"):
-        make_loader(store, **change).check_state(loader.state(12))
+        make_loader(store, **change).check_state(loader.state(12, 40), 40)
 
 
 def test_a_checkpoint_of_another_corpus_is_refused(prepared, loader):
     data, _ = prepared
     other = TokenStore.open(prepare(data, 390, lambda line: None), "train")
     with pytest.raises(DataError, match="the corpus"):
-        make_loader(other).check_state(loader.state(3))
+        make_loader(other).check_state(loader.state(3, 40), 40)
+
+
+def other_packing(patch):
+    patch.setattr(loader_module, "make_plan", lambda stretches, seq_len, limit, kind, *rest: make_plan(
+        stretches, seq_len, limit, "concat", *rest))  # fmt: skip
+
+
+def other_order(patch):
+    patch.setattr(Stream, "_permutation", lambda self, epoch, rows: np.random.default_rng(epoch).permutation(rows))
+
+
+def other_mixture(patch):
+    sound = Mixture.row
+    patch.setattr(Mixture, "row", lambda self, number: sound(self, number + 1))
+
+
+def other_bounds(patch):
+    sound = Packing.from_lengths
+    patch.setattr(Packing, "from_lengths", lambda lengths, **rest: sound([sum(lengths[:2]), *lengths[2:]], **rest))
+
+
+@pytest.mark.parametrize("code", [other_packing, other_order, other_mixture, other_bounds])
+def test_code_that_makes_other_rows_shows_in_a_sample_and_goes_on_from_no_checkpoint(code, store, monkeypatch):
+    before = make_loader(store)
+    state = before.state(12, 40)
+    assert make_loader(store).sample_sha256(40) == state["sample_sha256"]
+    code(monkeypatch)
+    after = make_loader(store)
+    assert after.fingerprint == before.fingerprint
+    assert after.sample_sha256(40) != state["sample_sha256"]
+    with pytest.raises(DataError, match="step 12 is of a version of nsa_train that packs or orders these rows"):
+        after.check_state(state, 40)
+
+
+def test_a_sample_is_of_steps_from_the_whole_run(store):
+    """A stage that begins late shows in it, too."""
+    stages = [[stage(0, 512, 8), stage(36, seq_len, rows)] for seq_len, rows in ((512, 8), (1024, 4))]
+    (short, short_39), (long, long_39) = (
+        [make_loader(store, stages=one).sample_sha256(steps) for steps in (36, 40)] for one in stages
+    )
+    assert short == long
+    assert short_39 != long_39
 
 
 # Where tokens stand ---------------------------------------------------------------------------------------------------

@@ -55,7 +55,9 @@ def test_a_run_starts_where_the_other_ended(place, exported, train, tmp_path):
         assert origin == {"folder": str(exported / place)}
     else:
         first = json.loads((exported / "manifest.json").read_text())
-        facts = {key: first[key] for key in ("rows_fingerprint", "initial_weights_sha256", "origin")}
+        kept = ("rows_fingerprint", "rows_sample_sha256", "initial_weights_sha256", "origin")
+        facts = {key: first[key] for key in kept}
+        assert len(facts["rows_sample_sha256"]) == 64
         assert origin == {"folder": str(exported / "checkpoints" / "step_4"), "step": 4, **facts}
     found = [row for row in rows(tmp_path / "run") if row["split"] == "val"]
     assert found[0]["step"] == 0
