@@ -11,6 +11,7 @@ from nsa_train.ops.reference import NSASpec
 NONE = torch.iinfo(torch.int32).max  # in place of a block that is not there: sorted last
 
 
+@torch.compiler.disable  # minutes of compilation for `_distinct`, to save a few launches
 def fixed_blocks(positions: Tensor, Hk: int, spec: NSASpec, draw: Tensor | None = None) -> Tensor:
     """The blocks each query reads, int32 [T, Hk, n], ascending, -1 last; legal as those of `reference.select_blocks`.
 

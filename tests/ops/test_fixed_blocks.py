@@ -68,3 +68,13 @@ def test_blocks_of_packed_documents_are_those_of_each_alone():
     packed = blocks_of(7, torch.cat([torch.arange(n) for n in lengths]))
     assert torch.equal(packed, torch.cat([blocks_of(7, torch.arange(n)) for n in lengths]))
     assert torch.equal(packed[-8:], blocks_of(7)[:8])
+
+
+def test_a_compiled_layer_takes_them_as_they_are():
+    """Compiling them takes minutes."""
+
+    def compiler(graph, inputs):
+        raise AssertionError("something was compiled")
+
+    compiled = torch.compile(lambda draw: fixed_blocks(POSITIONS, HK, SPEC, draw), backend=compiler)
+    assert torch.equal(compiled(torch.tensor(3)), blocks_of(3))
