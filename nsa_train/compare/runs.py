@@ -239,8 +239,12 @@ def _one_corpus(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _one_recipe(runs: Sequence[Run]) -> Iterator[str]:
-    """Configurations differ in the arm, its learning rate and the seed; those of one arm in the seed only."""
-    free = (*FREE_KEYS, "name", "seed", "data.corpus", "init_from")  # what the last two lead to has checks of its own
+    """Configurations differ in the arm, its learning rate and the seed; those of one arm in the seed only.
+
+    How a step is split into micro-batches is free: it changes rounding only. Corpora and origins have checks of their
+    own.
+    """
+    free = (*FREE_KEYS, "name", "seed", "trainer.micro_rows", "data.corpus", "init_from")
     recipes = {id(run): kept.recipe(run.config) for run in runs}
     for number, run in enumerate(runs):
         sibling = next(other for other in runs if other.arm == run.arm)

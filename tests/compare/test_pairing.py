@@ -20,6 +20,7 @@ def refusal(*folders):
 def test_runs_that_differ_in_arm_learning_rate_and_seed_are_taken(tmp_path):
     places = {"full": "here/text-0123456789ab", "nsa": None}  # the corpus is the same, by its hash
     layout = ["parallel=zero3", "parallel.offload_params=cpu", "parallel.deepspeed.dump_state=true"]
+    layout.append("trainer.micro_rows=1")
     runs = [make_run(tmp_path, arm, seed, overrides=[f"optim.lr={lr}", "trainer.log_every=3", *layout * (arm == "nsa"),
                                                      f"data.corpus={places.get(arm) or 'null'}"])
             for arm, lr in (("nsa", 2e-3), ("full_gated_wide", 1e-3), ("full", 1e-3), ("window", 1e-3))
