@@ -1,9 +1,12 @@
 """Synthetic documents that ask for what they said long before: needles, many keys, chains of variables, MQAR.
 
-A small model must have met the format before it can be asked. Training and held-out documents share neither keys, nor
-values, nor templates, so an answer shows recall and not memory. The same split and number give the same document.
+A question repeats the words of its fact up to the value, so a model answers it by induction: it copies what followed
+the same words before. Small models learn that from any text, but must have met the format before they can be asked.
+Training and held-out documents share neither keys nor templates. Values are five digits of all ten in both, drawn anew
+for each fact: nothing but the document tells them, so an answer shows recall and not memory.
 
-Each document ends with one or more questions whose answers can be read off its text; `answers` finds them again.
+Each document ends with one or more questions whose answers can be read off its text; `answers` finds them again. The
+same split, number and sizes give the same document.
 """
 
 from __future__ import annotations
@@ -22,27 +25,29 @@ from nsa_train.errors import DataError
 
 
 class Words(NamedTuple):
-    """What the documents of one split are made of; no entry occurs in the other split."""
+    """What the documents of one split are made of; no key and no template occurs in the other split.
 
-    keys: str  # first letters of keys and variables
-    digits: str  # of values
-    needle: str  # template of a line that is to be recalled
-    question: str  # its question, answered on the same line
+    A key stands behind a space wherever it is told or asked for, and a value behind one at the end of its line, so that
+    a tokenizer gives both the same tokens in a question as in its fact.
+    """
+
+    keys: str  # first letters of the syllables of keys and variables
+    needle: str  # template of a line that is to be recalled, and of its question
     assign: str  # template of a variable with a value
-    copy: str  # template of a variable that is another's
-    trace: str  # question for a variable at the end of a chain
+    copy: str  # template of a variable that is another's, in the words of `assign`
+    trace: str  # question for a variable at the end of a chain: its first hop is what followed the key before
 
 
 WORDS = {
     "train": Words(
-        "bcdfghjklm", "02468", "The code of {key} is {value}.", "What is the code of {key}? {value}",
-        "let {key} = {value}", "let {key} = {other}", "value of {key}: {value}",
+        "bcdghjktwz", "code {key} {value}", "let {key} = {value}", "let {key} = {other}", "value of {key} = {value}",
     ),
     "heldout": Words(
-        "npqrstvwxz", "13579", "Remember that {key} stands for {value}.", "{key} stands for {value}",
-        "set {key} to {value}", "set {key} to {other}", "{key} now holds {value}",
+        "flmnprsv", "remember {key} {value}", "now {key} holds {value}", "now {key} holds {other}",
+        "at last {key} holds {value}",
     ),
 }  # fmt: skip
+DIGITS = "0123456789"  # of values
 VOWELS = "aeiou"
 FILLER = """
     the a this that some every one river road house garden table window letter morning evening winter summer market
@@ -54,13 +59,23 @@ FILLER = """
 """.split()  # noqa: SIM905
 
 
+# Characters of filler that have the tokens of one of a line with a fact: made-up words and digits are dear.
+FACT_WEIGHT = 3
+MOST_PAIRS = 4096  # few beside the keys that there are
+
+
 def recall_documents(split: str, documents: int, least_chars: int, most_chars: int) -> Iterator[Document]:
-    """Documents of all kinds in turn, each of about so many characters; long ones are as frequent as short ones."""
-    kinds = list(KINDS)
+    """Documents of all kinds in turn, none shorter or longer; long ones are as frequent as short ones.
+
+    A kind's `size` is in characters of filler, from FACT_WEIGHT * least_chars to most_chars: documents of one size have
+    about as many tokens, those full of facts in fewer characters.
+    """
+    kinds = [*KINDS, "mqar"]  # twice, for it asks for most
+    least = min(FACT_WEIGHT * (least_chars + _pair_chars(WORDS[split])), most_chars)  # a pair may be rounded off
     for number in range(documents):
         kind = kinds[number % len(kinds)]
-        draw = random.Random(runtime.seed_of("recall", split, number))
-        size = round(least_chars * (most_chars / least_chars) ** draw.random())
+        draw = random.Random(runtime.seed_of("recall", split, number, least_chars, most_chars))
+        size = round(least * (most_chars / least) ** draw.random())
         yield Document(KINDS[kind](draw, WORDS[split], size), f"recall-{kind}", f"{split} {number}")
 
 
@@ -75,15 +90,17 @@ def read_recall(source: SourceConfig, paths: Sequence[str], ledger: Ledger) -> I
 
 
 def answers(text: str, words: Words) -> list[tuple[str, str]]:
-    """(question, answer) for each question at the end of a document, the answer without its question's words."""
-    shapes = [_pattern(shape) for shape in (words.question, words.trace)]
+    """(key, value) of each line of a document that asks: a fact's words for a key that was told before, or a trace."""
+    needle, trace = _pattern(words.needle), _pattern(words.trace)
+    told: set[str] = set()
     found = []
-    for line in text.rstrip("\n").split("\n")[::-1]:
-        match = next((match for shape in shapes if (match := shape.fullmatch(line))), None)
-        if match is None:
-            break
-        found.append((match["key"], match["value"]))
-    return found[::-1]
+    for line in text.split("\n"):
+        if match := needle.fullmatch(line) or trace.fullmatch(line):
+            key, value = match["key"], match["value"]
+            if match.re is trace or key in told:
+                found.append((key, value))
+            told.add(key)
+    return found
 
 
 def _pattern(template: str) -> re.Pattern[str]:
@@ -93,56 +110,62 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 def _needle(draw: random.Random, words: Words, size: int) -> str:
-    """One line among filler, asked for at the end."""
-    return _hidden(draw, words, size, needles=1, asked=1)
+    """A few lines among filler, all asked for at the end."""
+    needles = draw.randint(1, 4)
+    return _hidden(draw, words, size, needles, asked=needles)
 
 
 def _multikey(draw: random.Random, words: Words, size: int) -> str:
-    """Many lines of one form among filler, some asked for: no line stands out by its form."""
-    return _hidden(draw, words, size, needles=draw.randint(8, 64), asked=draw.randint(1, 4))
+    """Many lines of one form among filler, many asked for: no line stands out by its form."""
+    return _hidden(draw, words, size, needles=draw.randint(8, 64), asked=draw.randint(8, 32))
 
 
 def _hidden(draw: random.Random, words: Words, size: int, needles: int, asked: int) -> str:
-    pairs = _pairs(draw, words, needles)
+    """At most so many needles: as many as leave room for their questions."""
+    pairs = _pairs(draw, words, min(needles, _most_pairs(words, size)))
     lines = [words.needle.format(key=key, value=value) for key, value in pairs]
-    questions = [words.question.format(key=key, value=value) for key, value in draw.sample(pairs, asked)]
-    return _among_filler(draw, lines, questions, size, in_order=False)
+    return _among_filler(draw, lines, draw.sample(lines, min(asked, len(lines))), size, in_order=False)
 
 
 def _tracing(draw: random.Random, words: Words, size: int) -> str:
-    """Chains of assignments, two to four hops each, their lines mixed but each chain in its order."""
-    chains = draw.randint(2, 6)
+    """Chains of assignments, two to four hops each, mixed but each in its order, and asked for by its last variable."""
+    chain_chars = 6 * len(words.trace.format(key="abcdef", value="12345"))  # five lines and the question, at most
+    chains = min(draw.randint(4, 12), max(1, size // (FACT_WEIGHT * chain_chars)))
     names = _keys(draw, words, chains * 5)
     lines: list[list[str]] = []
     questions = []
     for chain in range(chains):
         mine = names[5 * chain : 5 * chain + draw.randint(3, 5)]
-        value = _value(draw, words)
+        value = _value(draw)
         first = words.assign.format(key=mine[0], value=value)
         lines.append([first, *(words.copy.format(key=b, other=a) for a, b in pairwise(mine))])
         questions.append(words.trace.format(key=mine[-1], value=value))
     turns = [chain for chain, own in enumerate(lines) for _ in own]
     draw.shuffle(turns)
+    draw.shuffle(questions)
     rest = [iter(own) for own in lines]
-    return _among_filler(draw, [next(rest[turn]) for turn in turns], [draw.choice(questions)], size, in_order=True)
+    return _among_filler(draw, [next(rest[turn]) for turn in turns], questions, size, in_order=True)
 
 
 def _mqar(draw: random.Random, words: Words, size: int) -> str:
     """Multi-query associative recall: pairs without filler, then all of them again in another order."""
-    pairs = _pairs(draw, words, max(2, min(size // _mqar_size(words), 4096)))
-    told = [words.needle.format(key=key, value=value) for key, value in pairs]
-    draw.shuffle(pairs)
-    return "\n".join([*told, *(words.question.format(key=key, value=value) for key, value in pairs)]) + "\n"
+    told = [words.needle.format(key=key, value=value) for key, value in _pairs(draw, words, _most_pairs(words, size))]
+    return "\n".join([*told, *draw.sample(told, len(told))]) + "\n"
 
 
-def _mqar_size(words: Words) -> int:
+def _most_pairs(words: Words, size: int) -> int:
+    """How many pairs have room in a document, told and asked for; one at least."""
+    return max(1, min(size // (FACT_WEIGHT * _pair_chars(words)), MOST_PAIRS))
+
+
+def _pair_chars(words: Words) -> int:
     """Characters of a pair, told and asked for."""
-    return sum(len(shape.format(key="abcdef", value="12345")) + 1 for shape in (words.question, words.needle))
+    return 2 * len(words.needle.format(key="abcdef", value="12345") + "\n")
 
 
 def _among_filler(draw: random.Random, lines: list[str], questions: list[str], size: int, in_order: bool) -> str:
-    """The lines at random depths of `size` characters of filler, the questions at the end."""
-    filler = _filler(draw, size - sum(map(len, lines)) - sum(map(len, questions)))
+    """The lines at random depths of filler, the questions at the end; together of the tokens of `size` characters."""
+    filler = _filler(draw, size - FACT_WEIGHT * sum(len(line) + 1 for line in lines + questions))
     depths = [draw.randint(0, len(filler)) for _ in lines]
     if in_order:
         depths.sort()
@@ -150,12 +173,14 @@ def _among_filler(draw: random.Random, lines: list[str], questions: list[str], s
 
 
 def _filler(draw: random.Random, room: int) -> list[str]:
-    """Lines of words without facts, about `room` characters of them."""
+    """Lines of words without facts, of nearly but at most `room` characters."""
     filler: list[str] = []
-    while room > 0:
-        filler.append(" ".join(draw.choices(FILLER, k=draw.randint(6, 16))).capitalize() + ".")
-        room -= len(filler[-1]) + 1
-    return filler
+    while True:
+        line = " ".join(draw.choices(FILLER, k=draw.randint(6, 16))).capitalize() + "."
+        room -= len(line) + 1
+        if room < 0:
+            return filler
+        filler.append(line)
 
 
 def _inserted(filler: list[str], lines: list[str], depths: Sequence[int]) -> list[str]:
@@ -167,7 +192,7 @@ def _inserted(filler: list[str], lines: list[str], depths: Sequence[int]) -> lis
 
 
 def _pairs(draw: random.Random, words: Words, count: int) -> list[tuple[str, str]]:
-    return [(key, _value(draw, words)) for key in _keys(draw, words, count)]
+    return [(key, _value(draw)) for key in _keys(draw, words, count)]
 
 
 def _keys(draw: random.Random, words: Words, count: int) -> list[str]:
@@ -178,8 +203,8 @@ def _keys(draw: random.Random, words: Words, count: int) -> list[str]:
     return list(found)
 
 
-def _value(draw: random.Random, words: Words) -> str:
-    return "".join(draw.choices(words.digits, k=5))
+def _value(draw: random.Random) -> str:
+    return "".join(draw.choices(DIGITS, k=5))
 
 
 # Quizzes: the same kinds with what is asked for at a chosen depth -----------------------------------------------------
@@ -211,16 +236,16 @@ def make_quiz(kind: str, draw: random.Random, words: Words, size: int, depth: fl
     mqar      facts without filler, all of which are asked for again; their depths are those of their lines
     """
     if kind == "mqar":
-        pairs = _pairs(draw, words, max(2, size // _mqar_size(words)))
+        pairs = _pairs(draw, words, max(2, size // _pair_chars(words)))
         order = draw.sample(range(len(pairs)), len(pairs))
         return Quiz([words.needle.format(key=key, value=value) for key, value in pairs],
-                    [_query(words.question, *pairs[i], (i,)) for i in order])  # fmt: skip
+                    [_query(words.needle, *pairs[i], (i,)) for i in order])  # fmt: skip
     if kind == "tracing":
         facts, other, asked = _quiz_chains(draw, words)
     else:
         pairs = _pairs(draw, words, 1 if kind == "needle" else QUIZ_NEEDLES)
         told = [words.needle.format(key=key, value=value) for key, value in pairs]
-        facts, other, asked = told[:1], told[1:], (words.question, *pairs[0])
+        facts, other, asked = told[:1], told[1:], (words.needle, *pairs[0])
     filler = _filler(draw, size - sum(map(len, facts)) - sum(map(len, other)) - len(asked[0]))
     first = round(depth * len(filler))
     depths = [first, *sorted(draw.randint(first, len(filler)) for _ in facts[1:])]
@@ -234,7 +259,7 @@ def _quiz_chains(draw: random.Random, words: Words) -> tuple[list[str], list[str
     names, chains, values = _keys(draw, words, QUIZ_CHAINS * (QUIZ_HOPS + 1)), [], []
     for number in range(QUIZ_CHAINS):
         mine = names[number * (QUIZ_HOPS + 1) :][: QUIZ_HOPS + 1]
-        values.append(_value(draw, words))
+        values.append(_value(draw))
         first = words.assign.format(key=mine[0], value=values[-1])
         chains.append([first, *(words.copy.format(key=b, other=a) for a, b in pairwise(mine))])
     return chains[0], [line for chain in chains[1:] for line in chain], (words.trace, names[QUIZ_HOPS], values[0])

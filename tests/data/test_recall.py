@@ -7,9 +7,9 @@ import pytest
 
 from nsa_train.config.load import load_config
 from nsa_train.data.prepare import prepare
-from nsa_train.data.recall import FILLER, KINDS, WORDS, answers, recall_documents
+from nsa_train.data.recall import DIGITS, FACT_WEIGHT, FILLER, KINDS, WORDS, answers, recall_documents
 from nsa_train.data.store import TokenStore
-from nsa_train.data.tokenizer import Tokenizer
+from nsa_train.data.tokenizer import Tokenizer, train_tokenizer
 from nsa_train.errors import ConfigError, DataError
 
 SPLITS = tuple(WORDS)
@@ -31,7 +31,8 @@ def told(text, words):
             if match := re.fullmatch(pattern, line):
                 found = match.groupdict()
                 order.append(found["key"])
-                (facts if "value" in found else copies)[found["key"]] = found.get("value") or found["other"]
+                kept = facts if "value" in found else copies
+                kept.setdefault(found["key"], found.get("value") or found["other"])  # what repeats it is a question
                 break
     return facts, copies, order
 
@@ -58,22 +59,58 @@ def test_kinds_ask_for_what_their_names_say():
         kind: [(len(told(d.text, WORDS["train"])[0]), len(answers(d.text, WORDS["train"]))) for d in documents]
         for kind, documents in by_kind.items()
     }
-    assert set(counts["needle"]) == {(1, 1)}
-    assert all(8 <= keys <= 64 and 1 <= asked <= 4 for keys, asked in counts["multikey"])
-    assert all(keys == asked >= 2 for keys, asked in counts["mqar"])
-    assert all(len(d) == 20 for d in by_kind.values())
+    assert set(counts["needle"]) == {(n, n) for n in (1, 2, 3, 4)}
+    assert all(8 <= keys <= 64 and 8 <= asked <= min(32, keys) for keys, asked in counts["multikey"])
+    assert all(chains == asked >= 2 for chains, asked in counts["tracing"])
+    assert all(keys == asked >= 8 for keys, asked in counts["mqar"])
+    assert {kind: len(d) for kind, d in by_kind.items()} == {"needle": 16, "multikey": 16, "tracing": 16, "mqar": 32}
 
 
-def test_the_splits_share_no_key_no_value_and_no_template():
-    texts = {split: "".join(d.text for d in made(split)) for split in SPLITS}
-    values = [set(re.findall(r"\d{5}", text)) for text in texts.values()]
-    assert all(len(found) > 500 for found in values)
-    assert not values[0] & values[1]
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_question_repeats_the_words_before_the_value(split):
+    """Of its fact; that of a chain repeats those of the last copy from the key on."""
+    words = WORDS[split]
+    tails = [shape.partition("{key}")[2].partition("{")[0] for shape in (words.trace, words.copy, words.assign)]
+    assert len(set(tails)) == 1
+    for document in made(split):
+        lines = document.text.rstrip("\n").split("\n")
+        asked = lines[-len(answers(document.text, words)) :]
+        for line in asked:
+            key = line.removesuffix(line.split(" ")[-1]).removesuffix(tails[0]).split(" ")[-1]
+            if document.source == "recall-tracing":
+                assert any(f" {key}{tails[0]}" in told for told in lines[: -len(asked)])
+            else:
+                assert line in lines[: -len(asked)]
+
+
+def test_the_splits_share_no_key_and_no_template():
     keys = [{key for d in made(split) for facts in told(d.text, WORDS[split])[:2] for key in facts} for split in SPLITS]
+    assert all(len(found) > 500 for found in keys)
     assert not keys[0] & keys[1]
     for one, other in (SPLITS, SPLITS[::-1]):
         assert all(told(d.text, WORDS[other]) == ({}, {}, []) for d in made(one))
         assert all(answers(d.text, WORDS[other]) == [] for d in made(one))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_values_are_of_all_digits_and_drawn_anew(split):
+    values = [value for d in made(split) for value in told(d.text, WORDS[split])[0].values()]
+    assert len(set(values)) > 0.9 * len(values) > 500
+    assert all(0.08 < "".join(values).count(digit) / (5 * len(values)) < 0.12 for digit in DIGITS)
+
+
+def test_documents_of_one_size_have_about_as_many_tokens_whatever_their_kind():
+    tokenizer = train_tokenizer((d.text for d in made("train")), 1000, "bpe", 1, 0)
+    for size in (3000, 30_000):
+        documents = made("train", 4, size // FACT_WEIGHT, size)
+        tokens = [len(tokenizer.encode(document.text)) for document in documents]
+        assert max(tokens) < 1.3 * min(tokens)
+
+
+def test_other_sizes_give_documents_with_other_facts():
+    """Two sources of one corpus must not tell the same."""
+    short, long = ([told(d.text, WORDS["train"])[0] for d in made("train", 80, least, 20_000)] for least in (800, 900))
+    assert not any(one.items() & other.items() for one, other in zip(short, long, strict=True))
 
 
 def test_the_same_number_gives_the_same_document_and_another_one_another():
@@ -84,7 +121,7 @@ def test_the_same_number_gives_the_same_document_and_another_one_another():
 
 
 def test_lengths_are_spread_evenly_over_their_orders_of_magnitude():
-    sizes = [len(d.text) for d in made("train", 1200, 1000, 64_000) if d.source == "recall-needle"]
+    sizes = [len(d.text) for d in made("train", 1200, 1000, 192_000) if d.source == "recall-mqar"]
     doublings = [sum(1000 * 2**i <= size < 1000 * 2 ** (i + 1) for size in sizes) for i in range(6)]
     assert sum(doublings) >= 0.97 * len(sizes)
     assert min(doublings) >= 0.12 * len(sizes)
@@ -93,8 +130,7 @@ def test_lengths_are_spread_evenly_over_their_orders_of_magnitude():
 def test_needles_lie_at_all_depths():
     depths = []
     for document in (d for d in made("train", 400) if d.source == "recall-needle"):
-        at = document.text.index("The code of")
-        depths.append(at / len(document.text))
+        depths += [document.text.index(key) / len(document.text) for key in told(document.text, WORDS["train"])[0]]
     tenths = [sum(low <= depth < high for depth in depths) for low, high in pairwise([i / 5 for i in range(6)])]
     assert min(tenths) >= 0.1 * len(depths)
 
@@ -118,7 +154,7 @@ def test_as_a_source_each_split_has_the_words_of_its_own(tmp_path):
         tokenizer = Tokenizer.load(store.tokenizer)
         bounds = pairwise(store.offsets.tolist())
         texts = [tokenizer.decode(store.tokens[a:b]) for a, b in bounds]
-        assert 30 <= len(texts) <= 40
+        assert len(texts) == 40
         assert all(answers(text, WORDS[split]) for text in texts)
         assert all(300 <= len(text) <= 3000 for text in texts)
 

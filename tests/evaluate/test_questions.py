@@ -45,18 +45,35 @@ def test_the_named_tokens_tell_the_answer(task, tokenizer):
             assert answer[0] == " "
             assert answer[1:].isdecimal()
             assert len(answer) == 6
-            key = question.split()[0]
+            key = question.split()[2 if task == "vartrace" else 1]
             assert key in facts[-1]
             assert answer.strip() in facts[0]
             assert len(facts) == (QUIZ_HOPS + 1 if task == "vartrace" else 1)
-            names = [set(fact.rstrip(".\n").split()) for fact in facts]
-            assert all(len(a & b - {"set", "to"}) == 1 for a, b in pairwise(names))
+            names = [set(fact.split()) for fact in facts]
+            assert all(len(a & b - {"now", "holds"}) == 1 for a, b in pairwise(names))
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_what_followed_the_questions_tokens_in_the_fact_is_the_answer(task, tokenizer):
+    """So induction answers it; of a chain it finds the line of the last copy, from the key on."""
+    for document in made(task, tokenizer):
+        newline, *_ = tokenizer.encode("\n").tolist()
+        tokens = document.tokens.tolist()
+        for asked in document.asked:
+            begin = asked.answer[0] - tokens[: asked.answer[0]][::-1].index(newline)
+            question, fact = tokens[begin : asked.answer[0]], tokens[slice(*asked.facts[-1])]
+            if task == "vartrace":
+                key = tokenizer.encode(f" {tokenizer.decode(question).split()[2]} holds").tolist()
+                assert question[-len(key) :] == key
+                assert key in [fact[i : i + len(key)] for i in range(len(fact))]
+            else:
+                assert fact == [*question, *tokens[slice(*asked.answer)], newline]
 
 
 def test_a_multikey_quiz_has_many_facts_of_one_form(tokenizer):
     form = WORDS["heldout"].needle.split("{")[0]
     for document in made("multikey", tokenizer):
-        assert tokenizer.decode(document.tokens).count(form) == QUIZ_NEEDLES
+        assert tokenizer.decode(document.tokens).count(form) == QUIZ_NEEDLES + 1  # and the question
 
 
 @pytest.mark.parametrize("task", KINDS)
