@@ -12,6 +12,7 @@ from nsa_train.errors import ConfigError
 OPTIONS = [f"{group}={name}" for group in GROUPS for name in options(group)]
 # What an option needs beside it: rules between groups that the option alone breaks on purpose.
 BESIDE = {
+    "stages=comparison_32k": ["trainer.seq_len=8192", "trainer.batch_rows=8"],
     "data=files": ["data.paths=[train.jsonl]"],
     "stages=extend_32k": ["trainer.seq_len=8192", "trainer.batch_rows=8"],
     "stages=long_64k": ["trainer.seq_len=8192", "trainer.batch_rows=8", "trainer.steps=99999"],

@@ -132,6 +132,19 @@ def test_a_mixture_that_does_not_fit_the_corpus_is_refused(mixture, message):
         groups_of(mixture, NAMES)
 
 
+def test_the_comparison_reads_long_recall_in_its_long_stage_only():
+    config = load_config(["experiment=r1", "data=comparison", "stages=comparison_32k"])
+    (short,) = stages_of(load_config(["experiment=r1", "data=comparison"]))
+    (long,) = stages_of(config)
+    names = list(config.data.sources)
+    read = [{group.name: group.weight for group in groups_of(stage.mixture, names)} for stage in (short, long)]
+    assert all(sum(weights.values()) == pytest.approx(1) for weights in read)
+    assert set(names) - set(read[0]) == {"linux_drivers", "recall_long"}
+    assert set(names) - set(read[1]) == {"linux_drivers"}
+    assert 0.1 <= read[1]["recall_long"] <= 0.15
+    assert (short.seq_len, long.seq_len) == (8192, 32768)
+
+
 def test_a_group_smaller_than_a_row_is_refused(store):
     stages = [stage(0, 512, 8), stage(9, 131072, 1, **{"books/a": 0.1, "*": 0.9})]
     with pytest.raises(DataError, match=r"source books/a has \d+ tokens, less than one row of 131072"):
