@@ -9,23 +9,62 @@ import numpy as np
 
 from nsa_train.compare.runs import Arms, Run
 from nsa_train.compare.statistics import Difference, Pair, differences
+from nsa_train.config.schema import AttentionConfig
+from nsa_train.data.mixture import groups_of
 
-WHOLE = "all"
+WHOLE, TEXT, MIXTURE = "all", "text", "mixture"
+SYNTHETIC = "recall"  # kind of the sources whose documents are made, not found
 FAR_WINDOWS = 4  # far recall begins so many windows back: windows alone carry a fact there in as many layers at least
 
 
 def cuts_of(run: Run) -> dict[str, np.ndarray]:
     """Losses and labels of a run's documents by cut, each [N, 2], in the order of a report.
 
-    `position 1024+` is where selection has more blocks than it may read, `recall 2048+` far beyond a window.
+    `text` leaves out the documents of synthetic sources, and so do positions and distances: levels are about what
+    people wrote. `all` is everything that was held out; `mixture`, there where the configuration has one, is
+    everything, weighed source by source as in training. `position 1024+` is where selection has more blocks than it
+    may read, `recall 2048+` far beyond a window.
     """
-    h, a = run.heldout, run.config.attention
-    found = {WHOLE: h.position.sum(1)}
-    found |= _by_bucket("position", h.position, h.position_edges, a.slc_count * a.slc_block)
-    found |= {
-        f"source {name}": h.position.sum(1) * (h.source == i)[:, None] for i, name in enumerate(h.sources.tolist())
-    }
-    return found | _by_bucket("recall", h.recall, h.recall_edges, FAR_WINDOWS * a.window)
+    h, far = run.heldout, far_starts(run.config.attention)
+    whole, sources = h.position.sum(1), h.sources.tolist()
+    text = ~np.isin(h.source, [sources.index(name) for name in synthetic_sources(run)])[:, None]
+    found = {WHOLE: whole, TEXT: whole * text}
+    if run.config.data.mixture:
+        found[MIXTURE] = whole * _as_trained(run)[:, None]
+    found |= _by_bucket("position", h.position * text[..., None], h.position_edges, far["position"])
+    found |= {f"source {name}": whole * (h.source == i)[:, None] for i, name in enumerate(sources)}
+    return found | _by_bucket("recall", h.recall * text[..., None], h.recall_edges, far["recall"])
+
+
+def far_starts(attention: AttentionConfig) -> dict[str, int]:
+    """Tokens from which on a position, or the distance of what is recalled, is far."""
+    return {"position": attention.slc_count * attention.slc_block, "recall": FAR_WINDOWS * attention.window}
+
+
+def far_cut(kind: str, attention: AttentionConfig) -> str:
+    """Name of the cut of all that is far in position or recall."""
+    return f"{kind} {far_starts(attention)[kind]}+"
+
+
+def synthetic_sources(run: Run) -> list[str]:
+    """Held-out sources that the run's configuration calls synthetic; one that it does not name counts as text."""
+    named = run.config.data.named_sources
+    return [name for name in run.heldout.sources.tolist() if name in named and named[name].kind == SYNTHETIC]
+
+
+def _as_trained(run: Run) -> np.ndarray:
+    """[N]: by how much a document counts for its source to have its weight in data.mixture.
+
+    A weight is over the labels that a source, or a group of sources with one weight, has here; where it has none, the
+    others' weights stay in proportion.
+    """
+    h, weight = run.heldout, np.zeros(len(run.heldout.document))
+    labels = h.position[..., 1].sum(1)
+    for group in groups_of(run.config.data.mixture, h.sources.tolist()):
+        mine = np.isin(h.source, group.sources)
+        if mine.any():
+            weight[mine] = group.weight * labels.sum() / labels[mine].sum()
+    return weight
 
 
 def _by_bucket(kind: str, sums: np.ndarray, edges: np.ndarray, far: int) -> dict[str, np.ndarray]:
@@ -64,6 +103,6 @@ def paired_differences(arms: Arms) -> list[Difference]:
     return differences(pairs, cuts, len(documents))
 
 
-def find(differences: Sequence[Difference], arm: str, baseline: str, cut: str = WHOLE) -> Difference | None:
+def find(differences: Sequence[Difference], arm: str, baseline: str, cut: str = TEXT) -> Difference | None:
     wanted = (arm, baseline, cut)
     return next((d for d in differences if (d.arm, d.baseline, d.cut) == wanted), None)

@@ -47,9 +47,10 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
         place.set(xlabel=label, ylabel=f"loss minus that of {head['baseline']}{interval}")
     last = axes[1][2]
     for run in runs:
-        last.plot(arms.index(run["arm"]), run["loss"], "o", color=colour[run["arm"]])
+        if run["text_loss"] is not None:
+            last.plot(arms.index(run["arm"]), run["text_loss"], "o", color=colour[run["arm"]])
     last.set_xticks(range(len(arms)), arms, rotation=30)
-    last.set(ylabel="held-out loss at the end, each seed")
+    last.set(ylabel="held-out loss of text at the end, each seed")
     for place in axes.flat:
         place.grid(alpha=0.3)
     axes[0][0].legend()

@@ -43,13 +43,16 @@ def markdown(result: dict[str, Any], figure: str) -> str:
 SHARES_PAST = (0.5, 0.3)  # of the tokens, past n l' and past twice that
 KINDS = ("comparison", "level", "gate", "arm", "run", "eval", "selection", "maps", "difference", "secondary")
 ABOUT_DIFFERENCES = (
-    "Mean over seeds, standard error (that of the documents in brackets) and two-sided 95% interval; negative: the "
-    "first arm is better. One seed has no interval: how much seeds differ is not known."
+    "On `text`, everything but documents of synthetic sources, which levels are about; on `all`, everything; and on "
+    "the `mixture`, everything weighed source by source as in training, where it has held-out documents. Mean over "
+    "seeds, standard error (that of the documents in brackets) and two-sided 95% interval; negative: the first arm is "
+    "better. One seed has no interval: how much seeds differ is not known."
 )
 ABOUT_CUTS = (
-    "By position in the document as the model sees it, by source, and, for tokens whose four predecessors stood "
-    "together before in the document, by the distance back to where they did so last; `+` is all that lies further. "
-    "± is the standard error, with one seed that of the documents alone."
+    "By position in the document as the model sees it and, for tokens whose four predecessors stood "
+    "together before in the document, by the distance back to where they did so last, both of text without synthetic "
+    "sources; and by source. `+` is all that lies further. ± is the standard error, with one seed that of the "
+    "documents alone."
 )
 ABOUT_EVALUATIONS = (
     "Answers that are right in every token, where the facts lie in neither a forced block nor the window; in brackets "
@@ -87,7 +90,8 @@ def _setting(head: Row, result: Row) -> list[str]:
         f"Experiment `{head['experiment']}`: {head['steps']:,} steps of {head['batch_tokens']:,} tokens in rows of "
         f"{head['seq_len']:,}, {head['tokens']:,} tokens in all{trained}. Corpus {corpus['name']} "
         f"`{corpus['hash'][:12]}`, epochs {epochs}; tokens by position in their document: {past}. Held out: "
-        f"{labels:,} labels of {documents:,} documents, unigram entropy {head['unigram_entropy']:.4f} nats.",
+        f"{labels:,} labels of {documents:,} documents, unigram entropy {head['unigram_entropy']:.4f} nats. "
+        f"{_endpoints(head)}",
         "",
         f"The paper's model is {head['times_smaller_than_paper']:,.0f} times larger (active parameters) and saw "
         f"{head['times_fewer_tokens_than_paper']:,.0f} times as many tokens. Other deviations: docs/comparison.md.",
@@ -95,6 +99,14 @@ def _setting(head: Row, result: Row) -> list[str]:
         f"Trained on {', '.join(head['devices'])}; source {', '.join(map(_commit, head['commits']))}. Losses are "
         f"nats per token. Made by `{result['command']}`.",
     ]
+
+
+def _endpoints(head: Row) -> str:
+    """What of the held-out text levels are about."""
+    if not head["synthetic_sources"]:
+        return "Endpoints are over all of it: no source is synthetic."
+    left_out = ", ".join(head["synthetic_sources"])
+    return f"Endpoints leave out {left_out}, which is synthetic: {head['heldout_text_labels']:,} labels of text."
 
 
 def _steps(before: list[int | None]) -> str:
@@ -168,12 +180,13 @@ def _long_enough(share_past: dict[str, float]) -> bool:
 
 
 def _arms(arms: list[Row]) -> Iterator[str]:
-    columns = ("arm", "seeds", "lr", "active parameters", "GFLOP a token", "held-out loss", "sd over seeds", "tokens/s",
-               "peak GiB")  # fmt: skip
+    columns = ("arm", "seeds", "lr", "active parameters", "GFLOP a token", "held-out loss of text", "sd over seeds",
+               "of all", "by mixture", "tokens/s", "peak GiB")  # fmt: skip
     yield from _table(columns, (
         (f"`{r['arm']}`", len(r["seeds"]), f"{r['lr']:.2e}", f"{r['params_active']:,}",
          f"{r['flops_per_token'] / 1e9:.4g}",
-         f"{r['loss']['mean']:.4f}", _number(r["loss"]["sd"]), f"{r['tokens_per_s']:,.0f}", f"{r['peak_gib']:.2f}")
+         _spread(r["text_loss"], "mean"), _spread(r["text_loss"], "sd"), _spread(r["loss"], "mean"),
+         _spread(r["mixture_loss"], "mean"), f"{r['tokens_per_s']:,.0f}", f"{r['peak_gib']:.2f}")
         for r in arms
     ))  # fmt: skip
     yield ""
@@ -187,11 +200,11 @@ def _value(value: object) -> str:
 
 
 def _differences(found: list[Row]) -> Iterator[str]:
-    columns = ("difference", "seeds", "mean", "standard error", "95% interval", "by seed")
+    columns = ("difference", "labels", "seeds", "mean", "standard error", "95% interval", "by seed")
     yield from _table(columns, (
-        (f"{d['arm']} - {d['baseline']}", len(d["seeds"]), f"{d['mean']:+.4f}", _errors(d), _interval(d),
+        (f"{d['arm']} - {d['baseline']}", cut, len(d["seeds"]), f"{d['mean']:+.4f}", _errors(d), _interval(d),
          ", ".join(f"{value:+.4f}" for value in d["per_seed"]))
-        for d in found if d["cut"] == "all"
+        for cut in ("text", "all", "mixture") for d in found if d["cut"] == cut
     ))  # fmt: skip
 
 
@@ -228,10 +241,12 @@ def _inside(layer: Row) -> dict[str, float]:
 
 
 def _runs(runs: list[Row]) -> Iterator[str]:
-    columns = ("run", "arm", "seed", "lr", "held-out loss", "tokens to the baseline's loss", "training time",
+    columns = ("run", "arm", "seed", "lr", "held-out loss of text", "of all", "by mixture",
+               "tokens to the baseline's loss", "training time",
                "tokens/s", "skipped steps", "device", "source")  # fmt: skip
     yield from _table(columns, (
-        (r["name"], r["arm"], r["seed"], f"{r['lr']:.2e}", f"{r['loss']:.4f}",
+        (r["name"], r["arm"], r["seed"], f"{r['lr']:.2e}",
+         *(_number(r[key]) for key in ("text_loss", "loss", "mixture_loss")),
          "not reached" if r["tokens_to_baselines_loss"] is None else f"{r['tokens_to_baselines_loss']:,.0f}",
          f"{r['seconds']:,.0f} s", f"{r['tokens_per_s']:,.0f}", r["skipped_steps"], r["device"],
          _commit(r["commit"]))
@@ -249,6 +264,10 @@ def _yes(passed: bool) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def _spread(loss: Row | None, key: str) -> str:
+    return _number(loss[key] if loss else None)
 
 
 def _mean(values: list[float]) -> str:

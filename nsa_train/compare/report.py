@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nsa_train.compare.cuts import WHOLE, losses_of, paired_differences
+from nsa_train.compare.cuts import MIXTURE, TEXT, WHOLE, cuts_of, losses_of, paired_differences, synthetic_sources
 from nsa_train.compare.levels import levels, reached, secondary
 from nsa_train.compare.runs import ARM_KEYS, Arms, Run
 from nsa_train.compare.statistics import spread
@@ -58,6 +58,7 @@ def _setting(arms: Arms) -> dict[str, Any]:
         "batch_tokens": trainer.seq_len * trainer.batch_rows, "tokens": run.summary["tokens"],
         "steps_before": run.steps_before,
         "heldout_documents": len(heldout.document), "heldout_labels": int(heldout.position[..., 1].sum()),
+        "heldout_text_labels": int(cuts_of(run)[TEXT][:, 1].sum()), "synthetic_sources": synthetic_sources(run),
         "times_smaller_than_paper": PAPER_ACTIVE / run.summary["params_active"],
         "times_fewer_tokens_than_paper": PAPER_TOKENS / run.summary["tokens"],
         "devices": sorted({f"{r.manifest['world_size']} x {r.manifest['device']}" for r in arms.all}),
@@ -67,10 +68,11 @@ def _setting(arms: Arms) -> dict[str, Any]:
 
 def _run_row(run: Run, arms: Arms) -> dict[str, Any]:
     partner = arms.by_seed(arms.baseline)[run.seed]
-    trained = run.of("train")
+    trained, losses = run.of("train"), losses_of(run)
     return {
         "what": "run", "name": run.config.name, "arm": run.arm, "seed": run.seed, "lr": run.config.optim.lr,
-        "loss": run.loss, "tokens_per_s": run.tokens_per_s, "peak_gib": max(row["mem_gib"] for row in trained),
+        "loss": run.loss, "text_loss": losses.get(TEXT), "mixture_loss": losses.get(MIXTURE),
+        "tokens_per_s": run.tokens_per_s, "peak_gib": max(row["mem_gib"] for row in trained),
         "seconds": run.seconds(run.summary["tokens"]), "flops": run.flops(run.summary["tokens"]),
         "skipped_steps": run.summary["skipped_steps"], "device": run.manifest["device"],
         "world_size": run.manifest["world_size"], "commit": run.manifest["commit"],
@@ -106,7 +108,10 @@ def _arm_row(runs: Sequence[Run]) -> dict[str, Any]:
         "keys": {key: getattr(getattr(first.config, key.split(".")[0]), key.split(".")[1]) for key in ARM_KEYS},
         "params_total": first.summary["params_total"], "params_active": first.summary["params_active"],
         "flops_per_token": first.flops(first.summary["tokens"]) / first.summary["tokens"],
-        "loss": spread([run.loss for run in runs]), "tokens_per_s": mean(run.tokens_per_s for run in runs),
+        "loss": spread([run.loss for run in runs]),
+        "text_loss": spread([one[TEXT] for one in cuts]) if TEXT in common else None,
+        "mixture_loss": spread([one[MIXTURE] for one in cuts]) if MIXTURE in common else None,
+        "tokens_per_s": mean(run.tokens_per_s for run in runs),
         "peak_gib": max(row["mem_gib"] for run in runs for row in run.of("train")),
         "cuts": {cut: mean(one[cut] for one in cuts) for cut in common if cut != WHOLE},
         "layers": list(_layers(runs)),
