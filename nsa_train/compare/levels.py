@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from nsa_train.compare.cuts import TEXT, find
+from nsa_train.compare.cuts import TEXT, far_cut, find
 from nsa_train.compare.runs import BASELINE, NSA
 from nsa_train.compare.statistics import Difference, holm
+from nsa_train.config.schema import AttentionConfig
 
 LEAST_SEEDS = 3  # for L2 and L3
 MATCH_NATS = 0.01  # L1: how much worse may still be called equal
@@ -55,7 +56,7 @@ def levels(differences: Sequence[Difference], arms: Sequence[str], gates: Sequen
             "L3", "due to sparsity",
             f"the same against {GATED}, and against {WIDE} where it has {LEAST_SEEDS} seeds",
             all(map(_below_zero, controls)),
-            "; ".join(_interval(d, d.baseline if d else GATED) for d in controls),
+            "; ".join([_interval(d, d.baseline if d else GATED) for d in controls] + _untested(wide)),
         ),
     ]  # fmt: skip
 
@@ -70,12 +71,30 @@ def reached(ladder: Sequence[Level]) -> Level | None:
     return last
 
 
-def secondary(differences: Sequence[Difference]) -> list[tuple[Difference, float]]:
-    """The endpoints beside the primary one, with p-values by Holm: gates, choosing, recall beyond the window."""
-    far = {d.cut.split()[0]: d.cut for d in differences if d.cut.endswith("+")}
-    asked = [(NSA, GATED, TEXT), (NSA, "nsa_random", far.get("position", "")), (NSA, "window", far.get("recall", ""))]
-    found = [d for question in asked if (d := find(differences, *question)) and d.p is not None]
-    return list(zip(found, holm([d.p or 0.0 for d in found]), strict=True))
+class Endpoint(NamedTuple):
+    """One that is not the primary one; mean is None without runs, p and p_holm with fewer than two seeds."""
+
+    arm: str
+    baseline: str
+    cut: str
+    mean: float | None
+    p: float | None
+    p_holm: float | None
+
+
+def secondary(differences: Sequence[Difference], attention: AttentionConfig) -> list[Endpoint]:
+    """Gates, choosing, recall beyond the window, with p-values by Holm.
+
+    The family is these three, whatever was run: one that could not be tested counts as one that found nothing.
+    """
+    asked = ((GATED, TEXT), ("nsa_random", far_cut("position", attention)), ("window", far_cut("recall", attention)))
+    found = [find(differences, NSA, baseline, cut) for baseline, cut in asked]
+    p = [d.p if d else None for d in found]
+    corrected = holm([1.0 if one is None else one for one in p])
+    return [
+        Endpoint(NSA, *question, d.mean if d else None, one, None if one is None else holms)
+        for question, d, one, holms in zip(asked, found, p, corrected, strict=True)
+    ]
 
 
 def _below_zero(d: Difference | None) -> bool:
@@ -86,3 +105,12 @@ def _interval(d: Difference | None, baseline: str) -> str:
     if d is None or d.low is None:
         return f"needs {LEAST_SEEDS} seeds of nsa and {baseline}"
     return f"nsa - {baseline}: {d.mean:+.4f}, {d.low:+.4f} to {d.high:+.4f}, {len(d.seeds)} seeds"
+
+
+def _untested(wide: Difference | None) -> list[str]:
+    """What is to be said of the widened control where it does not count."""
+    if wide is None:
+        return [f"{WIDE}: not tested"]
+    seeds = len(wide.seeds)
+    mean = f"nsa - {WIDE}: {wide.mean:+.4f}, {seeds} seed{'s' * (seeds > 1)}"
+    return [f"{WIDE}: not tested ({mean})"] if seeds < LEAST_SEEDS else []

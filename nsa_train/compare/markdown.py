@@ -30,7 +30,7 @@ def markdown(result: dict[str, Any], figure: str) -> str:
             _selection(of["arm"], of["selection"]),
         ),
         ("Attention maps", ABOUT_MAPS if of["maps"] else "", _maps(of["maps"])),
-        ("Secondary endpoints", "", _secondary(of["secondary"])),
+        ("Secondary endpoints", ABOUT_SECONDARY, _secondary(of["secondary"])),
         ("Inside the models", "Means over the layers; the JSON has them layer by layer.", _layers(of["arm"])),
         ("Runs", "", _runs(of["run"])),
     ):
@@ -69,6 +69,9 @@ ABOUT_SELECTION = (
 ABOUT_MAPS = (
     "First, middle and last layer on one held-out document, as in the paper's figure 8; of NSA a full softmax over the "
     "keys of the selected branch, and the blocks that it reads."
+)
+ABOUT_SECONDARY = (
+    "Holm's correction is for these three, tested or not; without runs of an arm, or with one seed, there is no test."
 )
 
 
@@ -168,9 +171,10 @@ def _maps(found: list[Row]) -> Iterator[str]:
 
 def _secondary(rows: list[Row]) -> Iterator[str]:
     lines = (
-        (f"{r['arm']} - {r['baseline']}", r["cut"], f"{r['mean']:+.4f}", f"{r['p']:.3g}", f"{r['p_holm']:.3g}")
+        (f"{r['arm']} - {r['baseline']}", r["cut"], "-" if r["mean"] is None else f"{r['mean']:+.4f}",
+         *("not tested" if r[key] is None else f"{r[key]:.3g}" for key in ("p", "p_holm")))
         for r in rows
-    )
+    )  # fmt: skip
     yield from _table(("difference", "labels", "mean", "p", "p by Holm"), lines)
 
 

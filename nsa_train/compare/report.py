@@ -37,14 +37,7 @@ def rows_of(arms: Arms, gates: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
         *(_run_row(run, arms) for run in arms.all),
         *(_eval_row(run, row) for run in arms.all for row in run.evaluations if row["what"] in EVALUATED),
         *({"what": "difference", **dataclasses.asdict(d)} for d in differences),
-        *(
-            {
-                "what": "secondary",
-                **{key: getattr(d, key) for key in ("arm", "baseline", "cut", "mean", "p")},
-                "p_holm": p,
-            }
-            for d, p in secondary(differences)
-        ),
+        *({"what": "secondary", **one._asdict()} for one in secondary(differences, arms.all[0].config.attention)),
     ]
 
 

@@ -69,11 +69,36 @@ def test_secondary_endpoints_are_corrected_together():
         for arm in ("full_gated", "nsa_random", "window")
         for cut in ("text", "position 1024+", "recall 2048+")
     ]
-    asked = secondary(found)
-    assert [(d.baseline, d.cut) for d, _ in asked] == [
+    asked = secondary(found, load_config(["experiment=r1"]).attention)
+    assert [(one.baseline, one.cut) for one in asked] == [
         ("full_gated", "text"), ("nsa_random", "position 1024+"), ("window", "recall 2048+"),
     ]  # fmt: skip
-    assert all(corrected == pytest.approx(3 * d.p) for d, corrected in asked)
+    assert all(one.p_holm == pytest.approx(3 * one.p) for one in asked)
+
+
+def test_a_secondary_endpoint_that_was_not_tested_stays_in_the_family():
+    found = [difference("full_gated", -0.02), Difference.of("nsa", "window", "recall 2048+", {0: -0.5}, 0.01)]
+    gated, choosing, recall = secondary(found, load_config(["experiment=r1"]).attention)
+    assert gated.p_holm == pytest.approx(3 * gated.p)
+    assert (choosing.baseline, *choosing[3:]) == ("nsa_random", None, None, None)
+    assert (recall.baseline, *recall[3:]) == ("window", -0.5, None, None)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "said"),
+    [
+        (0, "full_gated_wide: not tested"),
+        (1, "full_gated_wide: not tested (nsa - full_gated_wide: -0.0100, 1 seed)"),
+        (2, "full_gated_wide: not tested (nsa - full_gated_wide: -0.0100, 2 seeds)"),
+        (3, None),
+    ],
+)
+def test_the_last_level_says_whether_the_widened_control_was_tested(seeds, said):
+    wide = [difference("full_gated_wide", -0.01, seeds)] if seeds else []
+    last = levels([difference("full", -0.03), difference("full_gated", -0.02), *wide], ["nsa"], PASSED)[-1]
+    gated, control = last.why.split("; ")
+    assert gated.startswith("nsa - full_gated: -0.0200, ")
+    assert control == said or (said is None and control.startswith("nsa - full_gated_wide: -0.0100, "))
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +232,7 @@ def test_the_markdown_says_what_the_json_says(result):
         "recall 128-256",
         "comparison_test.png",
         "fullest expert",
+        "| nsa - nsa_random | position 128+ | - | not tested | not tested |",
     ):
         assert words in text, words
 
