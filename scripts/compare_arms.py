@@ -1,18 +1,18 @@
 """Train arms of a comparison, one run a GPU at a time (on a CPU one after another), and set them side by side.
 
-python scripts/compare_arms.py sweep --arms full nsa --lrs 5e-4 1e-3 2e-3 4e-3 --set experiment=r1 trainer.steps=400
+python scripts/compare_arms.py sweep --arms full nsa --lrs 2e-3 4e-3 8e-3 --set experiment=r1 seed=100 trainer.steps=763
 python scripts/compare_arms.py run --arms full nsa --seeds 0 1 2 --rates runs/r1-lr.json --set experiment=r1
 
 What --set says goes to every run. Ctrl-C, SIGTERM or the end of --until let the runs write checkpoints (exit code 75);
 the same command goes on. Finished runs are not repeated, nor those that the folder of --keep has a file of. `sweep`
 writes <runs_dir>/<experiment>-lr.json: each arm's best learning rate by held-out loss, whether it lies at the edge of
-those that were tried, and what --set said; rows of other arms stay in it.
+those that were tried, and what --set said; rows of other arms stay in it. `run` refuses a rate at an edge, and a sweep
+of another recipe than its own; an ablation without a sweep takes the rate of the arm that it ablates.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import signal
@@ -30,6 +30,7 @@ from nsa_train.bench import results
 from nsa_train.compare import kept
 from nsa_train.compare.command import main as compare
 from nsa_train.compare.command import read_gates
+from nsa_train.compare.rates import Rates
 from nsa_train.compare.runs import Run
 from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
@@ -256,9 +257,7 @@ def _final_loss(job: Job) -> float | None:
 
 def run(queue: Queue, args: argparse.Namespace) -> int:
     """Train each arm with each seed, then compare."""
-    rates = _best_rates(args.rates) if args.rates else {}
-    if args.rates and (missing := [arm for arm in args.arms if arm not in rates]):
-        raise NsaTrainError(f"--rates {args.rates}: no learning rate for {', '.join(missing)}; sweep these arms too")
+    rates = _rates(Rates.read(args.rates), args) if args.rates else {}
     lengths = [f"lengths={args.lengths}"] if args.lengths else []
     experiment, jobs = load_config(args.set).experiment, []
     for seed in dict.fromkeys(args.seeds):
@@ -276,7 +275,7 @@ def run(queue: Queue, args: argparse.Namespace) -> int:
     for job in jobs:
         check_lengths(options, job.config)
     queue.train(jobs)
-    words = [f"--{key}={getattr(args, key)}" for key in ("name", "out") if getattr(args, key)]
+    words = [f"--{key}={getattr(args, key)}" for key in ("name", "out", "rates") if getattr(args, key)]
     words += [f"--gates={path}" for path in args.gates]
     return compare([*(str(job.path) for job in jobs), *words])
 
@@ -288,11 +287,13 @@ def _check_sources(jobs: list[Job]) -> None:
         raise NsaTrainError("--start-from: there are no runs " + ", ".join(missing) + "; train them first")
 
 
-def _best_rates(path: Path) -> dict[str, float]:
-    try:
-        return {row["arm"]: row["lr"] for row in json.loads(path.read_text())["rows"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise NsaTrainError(f"--rates {path}: no result of a sweep ({error})") from error
+def _rates(found: Rates, args: argparse.Namespace) -> dict[str, float]:
+    """Of each arm; says whose an arm without a sweep takes."""
+    rates = found.of(args.arms, args.set)
+    for arm, lr in rates.items():
+        if (swept := found.swept(arm)) != arm:
+            print(f"{arm}: learning rate {lr:g} of {swept}, for want of a sweep of its own")
+    return rates
 
 
 def main() -> int:
@@ -307,7 +308,7 @@ def main() -> int:
     swept, trained = commands.choices["sweep"], commands.choices["run"]
     swept.add_argument("--lrs", nargs="+", type=float, required=True, metavar="LR")
     trained.add_argument("--seeds", nargs="+", type=int, default=[0])
-    trained.add_argument("--rates", type=Path, help="JSON of a sweep; default: one optim.lr for all arms")
+    trained.add_argument("--rates", type=Path, help="JSON of a sweep of this recipe; default: one optim.lr")
     about = "of runs <experiment>-<arm>-seed<N> to take initial weights from: a stage of its own, such as a long one"
     trained.add_argument("--start-from", type=Path, metavar="FOLDER", help=about)
     about = f"of `nsa-train eval`, for every run that it fits: {', '.join(TASKS)}"

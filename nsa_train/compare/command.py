@@ -17,6 +17,7 @@ from nsa_train.bench import results
 from nsa_train.compare import gates
 from nsa_train.compare.figure import plot_comparison
 from nsa_train.compare.markdown import markdown
+from nsa_train.compare.rates import Rates
 from nsa_train.compare.report import rows_of
 from nsa_train.compare.runs import Arms, Run
 from nsa_train.config.schema import Config
@@ -34,11 +35,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--name", help="of the report; default: the experiment's")
     about = "JSON of `nsa-train compare gates`, printed in the report; may be repeated, each for other arms"
     parser.add_argument("--gates", action="append", default=[], type=Path, metavar="FILE", help=about)
+    about = "JSON of the sweep that the runs' learning rates come from, printed in the report"
+    parser.add_argument("--rates", type=Path, metavar="FILE", help=about)
     parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of the report")
     args = parser.parse_args(arguments)
     arms = Arms.read(args.runs)
     name = results.safe_name(args.name or arms.all[0].config.experiment)
-    rows = rows_of(arms, read_gates(args.gates, [run.config for run in arms.all]))
+    configs = [run.config for run in arms.all]
+    rows = rows_of(arms, read_gates(args.gates, configs))
+    rows += Rates.read(args.rates).rows_of(configs) if args.rates else []
     path = args.out / f"comparison_{name}.json"
     rows += _copied_maps(arms, path)
     results.write_result(path.stem, "comparison", rows, folder=args.out)

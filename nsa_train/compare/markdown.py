@@ -21,6 +21,7 @@ def markdown(result: dict[str, Any], figure: str) -> str:
         ("Level, by the rule fixed beforehand", "", _levels(of["level"])),
         ("Gates", "" if of["gate"] else "Not run: `nsa-train compare gates`.", _gates(of["gate"])),
         ("Arms", "", _arms(of["arm"])),
+        ("Learning rates", ABOUT_SWEEP if of["sweep"] else "", _sweep(of["sweep"])),
         ("Paired differences of held-out loss", ABOUT_DIFFERENCES, _differences(of["difference"])),
         ("Loss by position, source and recall", ABOUT_CUTS, _cuts(of["arm"], of["difference"], head["baseline"])),
         ("Long context", ABOUT_EVALUATIONS if of["eval"] else "", _evaluations(of["arm"], of["eval"])),
@@ -41,7 +42,12 @@ def markdown(result: dict[str, Any], figure: str) -> str:
 
 
 SHARES_PAST = (0.5, 0.3)  # of the tokens, past n l' and past twice that
-KINDS = ("comparison", "level", "gate", "arm", "run", "eval", "selection", "maps", "difference", "secondary")
+KINDS = ("comparison", "level", "gate", "arm", "run", "eval", "selection", "maps", "difference", "secondary",
+         "sweep")  # fmt: skip
+ABOUT_SWEEP = (
+    "Held-out loss at the end of each run of the sweep; an ablation without a sweep of its own takes the rate of the "
+    "arm that it ablates."
+)
 ABOUT_DIFFERENCES = (
     "On `text`, everything but documents of synthetic sources, which levels are about; on `all`, everything; and on "
     "the `mixture`, everything weighed source by source as in training, where it has held-out documents. Mean over "
@@ -197,6 +203,16 @@ def _arms(arms: list[Row]) -> Iterator[str]:
     keys = list(arms[0]["keys"])  # a name says what an arm is only as long as nobody sets its keys
     lines = ((f"`{r['arm']}`", *(_value(r["keys"][key]) for key in keys)) for r in arms)
     yield from _table(("arm", *(f"`{key}`" for key in keys)), lines)
+
+
+def _sweep(rows: list[Row]) -> Iterator[str]:
+    lines = (
+        (f"`{r['arm']}`", f"`{r['swept']}`", f"{r['lr']:.2e}", ", ".join(
+            f"{float(lr):.2e}: {'diverged' if loss is None else f'{loss:.4f}'}" for lr, loss in r["losses"].items()
+        ))
+        for r in rows
+    )  # fmt: skip
+    yield from _table(("arm", "swept", "chosen", "held-out loss by rate"), lines)
 
 
 def _value(value: object) -> str:

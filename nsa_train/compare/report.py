@@ -25,7 +25,10 @@ PAPER_ACTIVE, PAPER_TOKENS = 4.5e9, 270e9  # section 4.1: 27B parameters, 270B t
 
 
 def rows_of(arms: Arms, gates: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a fact; `what` is comparison, level, gate, arm, run, eval, selection, difference or secondary."""
+    """One row a fact; `what` is comparison, level, gate, arm, run, eval, selection, difference or secondary.
+
+    Those of maps and of a sweep come from elsewhere: see `command`.
+    """
     differences = paired_differences(arms)
     ladder = levels(differences, list(arms.runs), gates)
     level = reached(ladder)

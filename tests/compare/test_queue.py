@@ -78,7 +78,10 @@ def test_a_rate_that_diverges_is_worse_than_any(tmp_path):
     done = swept(tmp_path, {("full", 1e-3): 9.0, ("full", 2e-3): None})
     assert done.returncode == 0, done.stderr
     assert "full: best learning rate 0.001 of 0.001: 9.0000, 0.002: diverged; at the edge" in done.stdout
-    assert "diverged with every learning rate" in swept(tmp_path, {("nsa", 1e-3): None}).stderr
+    assert swept(tmp_path, {("nsa", 1e-3): 5.0, ("nsa", 2e-3): 4.9, ("nsa", 4e-3): None}).returncode == 0
+    rows = json.loads((tmp_path / "tiny-lr.json").read_text())["rows"]
+    assert [(row["arm"], row["lr"], row["at_edge"]) for row in rows] == [("full", 1e-3, True), ("nsa", 2e-3, False)]
+    assert "diverged with every learning rate" in swept(tmp_path, {("window", 1e-3): None}).stderr
 
 
 def test_finished_runs_are_asked_and_compared_even_where_they_cannot_answer(tmp_path):
@@ -143,6 +146,26 @@ def test_rates_of_a_sweep_must_name_the_arm(tmp_path):
     done = start(*words)
     assert done.returncode == 2
     assert "no learning rate for nsa; sweep these arms too" in done.stderr
+
+
+def test_the_rates_of_a_sweep_are_taken_and_those_at_an_edge_refused(tmp_path):
+    lrs = {"full": 1e-3, "nsa": 2e-3, "window": 2e-3}
+    for arm, lr in lrs.items():
+        make_run(tmp_path, arm, overrides=[f"name=tiny-{arm}-seed0", f"optim.lr={lr}", *SWEEP])
+    row = {"at_edge": False, "losses": {"0.001": 5.0, "0.002": 5.0}, "set": ["seed=100", "trainer.steps=3"]}
+    rows = [{**row, "arm": arm, "lr": lrs[arm]} for arm in ("full", "nsa")]
+    (tmp_path / "lr.json").write_text(json.dumps({"rows": rows}))
+    words = ["run", "--arms", *lrs, "--rates", tmp_path / "lr.json", "--out", tmp_path / "out", "--set", *SWEEP,
+             f"runs_dir={tmp_path}"]  # fmt: skip
+    done = start(*words)
+    assert done.returncode == 0, done.stderr
+    assert "window: learning rate 0.002 of nsa, for want of a sweep of its own\n" in done.stdout
+    assert "3 of 3 runs are finished" in done.stdout
+    assert "## Learning rates" in (tmp_path / "out" / "comparison_tiny.md").read_text()
+    (tmp_path / "lr.json").write_text(json.dumps({"rows": [rows[0], {**rows[1], "at_edge": True}]}))
+    done = start(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "nsa: the best rate 0.002 lies at the edge; go on with" in done.stderr
 
 
 def test_runs_are_kept_with_their_answers_and_not_repeated_where_only_the_files_are(tmp_path):
