@@ -263,15 +263,29 @@ def _inside(layer: Row) -> dict[str, float]:
 def _runs(runs: list[Row]) -> Iterator[str]:
     columns = ("run", "arm", "seed", "lr", "held-out loss of text", "of all", "by mixture",
                "tokens to the baseline's loss", "training time",
-               "tokens/s", "skipped steps", "device", "source")  # fmt: skip
+               "tokens/s", "CUDA graphs", "skipped steps", "device", "source")  # fmt: skip
     yield from _table(columns, (
         (r["name"], r["arm"], r["seed"], f"{r['lr']:.2e}",
          *(_number(r[key]) for key in ("text_loss", "loss", "mixture_loss")),
          "not reached" if r["tokens_to_baselines_loss"] is None else f"{r['tokens_to_baselines_loss']:,.0f}",
-         f"{r['seconds']:,.0f} s", f"{r['tokens_per_s']:,.0f}", r["skipped_steps"], r["device"],
+         f"{r['seconds']:,.0f} s", f"{r['tokens_per_s']:,.0f}", "replayed" if r["cuda_graphs"] else "-",
+         r["skipped_steps"], r["device"],
          _commit(r["commit"]))
         for r in runs
     ))  # fmt: skip
+    for doubt in _doubts(runs):
+        yield from ("", doubt)
+
+
+def _doubts(runs: list[Row]) -> Iterator[str]:
+    """What keeps no runs from being compared, but should be known when they are."""
+    if len({run["cuda_graphs"] for run in runs}) > 1:
+        yield "Not all runs replayed CUDA graphs: seconds and tokens/s differ by that, too."
+    of_seed = {seed: {run["commit"] for run in runs if run["seed"] == seed} for seed in {run["seed"] for run in runs}}
+    if mixed := [str(seed) for seed, commits in sorted(of_seed.items()) if len(commits) > 1]:
+        yield f"**Runs of one seed come from different sources**: of {', '.join(mixed)}."
+    if dirty := [run["name"] for run in runs if _commit(run["commit"]).endswith("-dirty")]:
+        yield f"**Trained from source with changes that no commit has**: {', '.join(dirty)}."
 
 
 def _commit(commit: str | None) -> str:

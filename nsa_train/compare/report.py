@@ -70,7 +70,7 @@ def _run_row(run: Run, arms: Arms) -> dict[str, Any]:
         "loss": run.loss, "text_loss": losses.get(TEXT), "mixture_loss": losses.get(MIXTURE),
         "tokens_per_s": run.tokens_per_s, "peak_gib": max(row["mem_gib"] for row in trained),
         "seconds": run.seconds(run.summary["tokens"]), "flops": run.flops(run.summary["tokens"]),
-        "skipped_steps": run.summary["skipped_steps"], "device": run.manifest["device"],
+        "skipped_steps": run.summary["skipped_steps"], "device": run.manifest["device"], "cuda_graphs": run.in_graphs,
         "world_size": run.manifest["world_size"], "commit": run.manifest["commit"],
         "versions": run.manifest["versions"], "tokens_to_baselines_loss": _tokens_to(run, partner.curve[-1][1]),
         "val": [

@@ -137,6 +137,11 @@ class Run:
         return [(row["tokens"], row["loss"]) for row in self.of("val") if row["loss"] is not None]
 
     @property
+    def in_graphs(self) -> bool:
+        """Whether training passes were replayed as CUDA graphs, by the configuration: a GPU before Hopper has none."""
+        return self.config.in_graphs and self.manifest["device"] != "CPU"
+
+    @property
     def tokens_per_s(self) -> float:
         """Median over the logged steps."""
         return float(np.median([row["tokens_per_s"] for row in self.of("train")]))

@@ -220,6 +220,9 @@ def test_the_markdown_says_what_the_json_says(result):
     assert "TOO FEW" not in text
     assert "Selection on held-out text" not in text
     assert "Attention maps" not in text
+    assert "CUDA graphs:" not in text
+    assert "different sources" not in text
+    assert "no commit has" not in text
     assert "**level L3: due to sparsity**" in text
     (d,) = rows(result, "difference", arm="nsa", baseline="full", cut="all")
     assert f"| nsa - full | all | 3 | {d['mean']:+.4f} |" in text
@@ -320,6 +323,24 @@ def test_what_an_arm_is_stands_in_the_report(tmp_path):
     said = (tmp_path / "out" / "comparison_tiny.md").read_text()
     assert "| `full` | full | false | mlp | false | topn | 64 |" in said
     assert "| `nsa` | cmp, win | true | mlp | false | topn | 64 |" in said
+
+
+def test_the_runs_table_tells_of_graphs_and_of_sources(tmp_path):
+    graphs = ["trainer.cuda_graphs=auto", "trainer.dtype=bf16", "attention.backend=triton"]
+    runs = [make_run(tmp_path, arm, seed, overrides=graphs, manifest={"device": "H100", "commit": commit * 40})
+            for arm, commit in (("full", "a"), ("nsa", "b")) for seed in (0, 1)]  # fmt: skip
+    make_run(tmp_path, "nsa", 1, overrides=graphs, manifest={"device": "H100", "commit": "a" * 40 + "-dirty"})
+    runs += [make_run(tmp_path, arm, 2, overrides=graphs) for arm in ("full", "nsa")]
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    said = (tmp_path / "out" / "comparison_tiny.md").read_text()
+    rows = json.loads((tmp_path / "out" / "comparison_tiny.json").read_text())["rows"]
+    assert {(row["arm"], row["device"]) for row in rows if row["what"] == "run" and row["cuda_graphs"]} == {
+        ("nsa", "H100")
+    }
+    assert "| replayed | 0 | H100 | bbbbbbbbbbbb |" in said
+    assert "Not all runs replayed CUDA graphs" in said
+    assert "**Runs of one seed come from different sources**: of 0, 1.\n" in said
+    assert "**Trained from source with changes that no commit has**: nsa-1.\n" in said
 
 
 def test_without_full_the_first_arm_is_the_baseline(tmp_path):
