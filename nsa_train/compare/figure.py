@@ -65,6 +65,6 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
 SHOWN_FROM = 0.1  # of the tokens: what comes before would flatten the rest
 AXES = (
     ("tokens", "tokens"),
-    ("flops", "executed FLOPs"),
+    ("flops", "executed FLOPs, a row counted as one document"),
     ("seconds", "seconds of training, validation and checkpoints aside"),
 )

@@ -23,6 +23,7 @@ def markdown(result: dict[str, Any], figure: str) -> str:
         ("Arms", "", _arms(of["arm"])),
         ("Learning rates", ABOUT_SWEEP if of["sweep"] else "", _sweep(of["sweep"])),
         ("Paired differences of held-out loss", ABOUT_DIFFERENCES, _differences(of["difference"])),
+        ("Difference along the run", ABOUT_LEAD, _lead(of["lead"])),
         ("Loss by position, source and recall", ABOUT_CUTS, _cuts(of["arm"], of["difference"], head["baseline"])),
         ("Long context", ABOUT_EVALUATIONS if of["eval"] else "", _evaluations(of["arm"], of["eval"])),
         (
@@ -42,7 +43,7 @@ def markdown(result: dict[str, Any], figure: str) -> str:
 
 
 SHARES_PAST = (0.5, 0.3)  # of the tokens, past n l' and past twice that
-KINDS = ("comparison", "level", "gate", "arm", "run", "eval", "selection", "maps", "difference", "secondary",
+KINDS = ("comparison", "level", "gate", "arm", "run", "eval", "selection", "maps", "difference", "lead", "secondary",
          "sweep")  # fmt: skip
 ABOUT_SWEEP = (
     "Held-out loss at the end of each run of the sweep; an ablation without a sweep of its own takes the rate of the "
@@ -53,6 +54,10 @@ ABOUT_DIFFERENCES = (
     "the `mixture`, everything weighed source by source as in training, where it has held-out documents. Mean over "
     "seeds, standard error (that of the documents in brackets) and two-sided 95% interval; negative: the first arm is "
     "better. One seed has no interval: how much seeds differ is not known."
+)
+ABOUT_LEAD = (
+    "Validation loss minus the baseline's after a share of the tokens, seed by seed: on everything that validations "
+    "read, between them on a straight line. No endpoint."
 )
 ABOUT_CUTS = (
     "By position in the document as the model sees it and, for tokens whose four predecessors stood "
@@ -226,6 +231,12 @@ def _differences(found: list[Row]) -> Iterator[str]:
          ", ".join(f"{value:+.4f}" for value in d["per_seed"]))
         for cut in ("text", "all", "mixture") for d in found if d["cut"] == cut
     ))  # fmt: skip
+
+
+def _lead(rows: list[Row]) -> Iterator[str]:
+    lines = ((f"{r['arm']} - {r['baseline']}", r["seed"], *(f"{one:+.4f}" for one in r["difference"])) for r in rows)
+    shares = rows[0]["shares"] if rows else []
+    yield from _table(("difference", "seed", *(f"{share:.0%} of the tokens" for share in shares)), lines)
 
 
 def _cuts(arms: list[Row], differences: list[Row], baseline: str) -> Iterator[str]:

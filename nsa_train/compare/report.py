@@ -21,11 +21,12 @@ EVALUATED = {
     "selection": ("selection", ("length", "rope_factor", "queries", "selection_recall", "best_recall", "random_recall",
                                 "forced_recall", "distinct_blocks", "neighbour_overlap", "distance")),
 }  # fmt: skip
+SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the tokens, at which differences along the run are told
 PAPER_ACTIVE, PAPER_TOKENS = 4.5e9, 270e9  # section 4.1: 27B parameters, 270B tokens of 8k texts
 
 
 def rows_of(arms: Arms, gates: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a fact; `what` is comparison, level, gate, arm, run, eval, selection, difference or secondary.
+    """One row a fact; `what` is comparison, level, gate, arm, run, eval, selection, difference, lead or secondary.
 
     Those of maps and of a sweep come from elsewhere: see `command`.
     """
@@ -40,6 +41,7 @@ def rows_of(arms: Arms, gates: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
         *(_run_row(run, arms) for run in arms.all),
         *(_eval_row(run, row) for run in arms.all for row in run.evaluations if row["what"] in EVALUATED),
         *({"what": "difference", **dataclasses.asdict(d)} for d in differences),
+        *(_lead_row(run, arms) for run in arms.all if run.arm != arms.baseline),
         *({"what": "secondary", **one._asdict()} for one in secondary(differences, arms.all[0].config.attention)),
     ]
 
@@ -93,6 +95,17 @@ def _tokens_to(run: Run, loss: float) -> float | None:
             return float(np.interp(-loss, [-before[1], -value], [before[0], tokens])) if before else float(tokens)
         before = tokens, value
     return None
+
+
+def _lead_row(run: Run, arms: Arms) -> dict[str, Any]:
+    """Validation loss minus that of the baseline's run after shares of the tokens; between validations on a line."""
+    pair = run, arms.by_seed(arms.baseline)[run.seed]
+    at = [share * run.summary["tokens"] for share in SHARES]
+    ours, theirs = (np.interp(at, *np.transpose(one.curve)) for one in pair)
+    return {
+        "what": "lead", "arm": run.arm, "baseline": arms.baseline, "seed": run.seed, "shares": list(SHARES),
+        "difference": (ours - theirs).tolist(),
+    }  # fmt: skip
 
 
 def _arm_row(runs: Sequence[Run]) -> dict[str, Any]:

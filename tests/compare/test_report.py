@@ -9,6 +9,7 @@ from folders import DOCUMENTS, LABELS, make_run
 
 from nsa_train.cli import main
 from nsa_train.compare.cuts import find, paired_differences
+from nsa_train.compare.figure import AXES
 from nsa_train.compare.gates import recipe
 from nsa_train.compare.levels import levels, reached, secondary
 from nsa_train.compare.runs import Arms, Run
@@ -195,6 +196,7 @@ def test_endpoints_leave_out_synthetic_documents(tmp_path):
 
 
 def test_curves_have_three_axes(result, tmp_path):
+    assert dict(AXES)["flops"] == "executed FLOPs, a row counted as one document"
     (row,) = rows(result, "run", arm="nsa", seed=0)
     config = Run.read(make_run(tmp_path, "nsa")).config
     tokens = 512 * 8
@@ -202,6 +204,18 @@ def test_curves_have_three_axes(result, tmp_path):
     assert [point["flops"] for point in row["val"]] == [n * tokens * training_flops(config) for n in (0, 3, 6)]
     assert [point["seconds"] for point in row["val"]] == pytest.approx([n * tokens / 1e4 for n in (0, 3, 5.5)])
     assert 3 * tokens < row["tokens_to_baselines_loss"] < 6 * tokens
+
+
+def test_the_difference_along_the_run_is_told_for_each_seed(result):
+    """Curves of the test are lines, from a loss that all share to that at the end."""
+    assert len(rows(result, "lead")) == 6
+    for seed in range(3):
+        (row,) = rows(result, "lead", arm="nsa", seed=seed)
+        ours, theirs = (rows(result, "run", arm=arm, seed=seed)[0]["loss"] for arm in ("nsa", "full"))
+        assert row["shares"] == [0.1, 0.25, 0.5, 0.75, 1.0]
+        assert row["difference"] == pytest.approx([share * (ours - theirs) for share in row["shares"]])
+        shown = " | ".join(f"{one:+.4f}" for one in row["difference"])
+        assert f"| nsa - full | {seed} | {shown} |" in result[1]
 
 
 def test_flops_are_counted_stage_by_stage(tmp_path):
@@ -236,6 +250,7 @@ def test_the_markdown_says_what_the_json_says(result):
         "recall 128-256",
         "comparison_test.png",
         "fullest expert",
+        "| 50% of the tokens |",
         "| nsa - nsa_random | position 128+ | - | not tested | not tested |",
     ):
         assert words in text, words
