@@ -1,7 +1,9 @@
-"""Figures made from results: time and speed-up of attention against sequence length."""
+"""Figures made from results: time and speed-up of attention against sequence length, answers by length and depth."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -81,5 +83,37 @@ def plot_training(result: dict[str, Any], path: Path) -> None:
     speed.legend()
     figure.suptitle(f"training on one {result['device']['name']}, packed text")
     figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def plot_grids(grids: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
+    """Heat maps of accuracy side by side, each under its title: lengths across and depths down.
+
+    A cell is a row with length, depth, accuracy and zone; one with a zone needs no selection and is crossed out.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lengths, depths = (sorted({row[key] for rows in grids.values() for row in rows}) for key in ("length", "depth"))
+    size = (2 + len(grids) * (1 + 1.1 * len(lengths)), 2 + 0.25 * len(depths))
+    figure, axes = plt.subplots(1, len(grids), figsize=size, dpi=110, squeeze=False, layout="constrained")
+    for place, (title, rows) in zip(axes[0], grids.items(), strict=True):
+        values = [[nan] * len(lengths) for _ in depths]
+        for row in rows:
+            x, y = lengths.index(row["length"]), depths.index(row["depth"])
+            values[y][x] = row["accuracy"]
+            if row["zone"]:
+                place.plot([x - 0.4, x + 0.4], [y - 0.4, y + 0.4], color="black", lw=1)
+        image = place.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        place.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        place.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        place.set(xlabel="tokens of the document", ylabel="depth of the fact", title=title)
+    figure.colorbar(image, ax=axes, label="answers that are right in every token")
+    figure.supxlabel(
+        "crossed out: seen through forced blocks or the window, not counted", x=0.01, ha="left", fontsize=7
+    )
     figure.savefig(path)
     plt.close(figure)

@@ -14,11 +14,12 @@ from typing import Any
 
 from nsa_train import runtime
 from nsa_train.bench import results
+from nsa_train.bench.figures import plot_grids
 from nsa_train.compare import gates
 from nsa_train.compare.figure import plot_comparison
 from nsa_train.compare.markdown import markdown
 from nsa_train.compare.rates import Rates
-from nsa_train.compare.report import rows_of
+from nsa_train.compare.report import grid_rows, rows_of
 from nsa_train.compare.runs import Arms, Run
 from nsa_train.config.schema import Config
 from nsa_train.errors import ConfigError, NsaTrainError, RunFolderError
@@ -45,9 +46,13 @@ def main(arguments: list[str]) -> int:
     rows = rows_of(arms, read_gates(args.gates, configs))
     rows += Rates.read(args.rates).rows_of(configs) if args.rates else []
     path = args.out / f"comparison_{name}.json"
-    rows += _copied_maps(arms, path)
+    grids = grid_rows(arms, path.stem)
+    rows += [*grids, *_copied_maps(arms, path)]
     results.write_result(path.stem, "comparison", rows, folder=args.out)
     plot_comparison(rows, path.with_suffix(".png"))
+    for figure in dict.fromkeys(row["figure"] for row in grids):
+        mine = (row for row in grids if row["figure"] == figure)
+        plot_grids({f"{row['task']}: {row['arm']}": row["cells"] for row in mine}, path.with_name(figure))
     text = markdown(json.loads(path.read_text()), path.with_suffix(".png").name)
     path.with_suffix(".md").write_text(text)
     runtime.log.info("%s\n%s", text, path.with_suffix(".md"))

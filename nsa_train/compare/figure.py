@@ -44,7 +44,7 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
         interval = ", 95% interval" if any(d["low"] is not None for d in differences) else ", one seed"
         place.axhline(0, color=colour[head["baseline"]], lw=1)
         place.set_xticks(range(len(buckets)), [bucket.split()[1] for bucket in buckets], rotation=30)
-        place.set(xlabel=label, ylabel=f"loss minus that of {head['baseline']}{interval}")
+        place.set(xlabel=label, ylabel=f"loss of text minus that of {head['baseline']}{interval}")
     last = axes[1][2]
     for run in runs:
         if run["text_loss"] is not None:

@@ -19,32 +19,31 @@ def markdown(result: dict[str, Any], figure: str) -> str:
     lines += [*_setting(head, result), "", f"![curves and differences]({figure})"]
     for heading, note, table in (
         ("Level, by the rule fixed beforehand", "", _levels(of["level"])),
-        ("Gates", "" if of["gate"] else "Not run: `nsa-train compare gates`.", _gates(of["gate"])),
+        ("Gates", "", _gates(of["gate"]) if of["gate"] else ["Not run: `nsa-train compare gates`."]),
         ("Arms", "", _arms(of["arm"])),
-        ("Learning rates", ABOUT_SWEEP if of["sweep"] else "", _sweep(of["sweep"])),
+        ("Learning rates", ABOUT_SWEEP, _sweep(of["sweep"])),
         ("Paired differences of held-out loss", ABOUT_DIFFERENCES, _differences(of["difference"])),
         ("Difference along the run", ABOUT_LEAD, _lead(of["lead"])),
         ("Loss by position, source and recall", ABOUT_CUTS, _cuts(of["arm"], of["difference"], head["baseline"])),
-        ("Long context", ABOUT_EVALUATIONS if of["eval"] else "", _evaluations(of["arm"], of["eval"])),
-        (
-            "Selection on held-out text",
-            ABOUT_SELECTION if of["selection"] else "",
-            _selection(of["arm"], of["selection"]),
-        ),
-        ("Attention maps", ABOUT_MAPS if of["maps"] else "", _maps(of["maps"])),
+        ("Long context", ABOUT_EVALUATIONS, _evaluations(of["arm"], of["eval"])),
+        ("Held-out loss by length of row and position", ABOUT_ROWS, _rows_by_position(of["arm"], of["eval"])),
+        ("Answers by length and depth", ABOUT_GRIDS, _grids(of["grid"])),
+        ("Selection on held-out text", ABOUT_SELECTION, _selection(of["arm"], of["selection"])),
+        ("Attention maps", ABOUT_MAPS, _maps(of["maps"])),
         ("Secondary endpoints", ABOUT_SECONDARY, _secondary(of["secondary"])),
         ("Inside the models", "Means over the layers; the JSON has them layer by layer.", _layers(of["arm"])),
         ("Runs", "", _runs(of["run"])),
     ):
-        parts = [part for part in ([note] if note else [], list(table)) if part]
-        if parts:
-            lines += ["", f"## {heading}", *(line for part in parts for line in ("", *part))]
+        if body := list(table):
+            lines += ["", f"## {heading}", *(["", note] if note else []), "", *body]
     return "\n".join(lines) + "\n"
 
 
 SHARES_PAST = (0.5, 0.3)  # of the tokens, past n l' and past twice that
-KINDS = ("comparison", "level", "gate", "arm", "run", "eval", "selection", "maps", "difference", "lead", "secondary",
-         "sweep")  # fmt: skip
+KINDS = (
+    "comparison", "level", "gate", "arm", "sweep", "run", "eval", "grid", "selection", "maps", "difference", "lead",
+    "secondary",
+)  # fmt: skip
 ABOUT_SWEEP = (
     "Held-out loss at the end of each run of the sweep; an ablation without a sweep of its own takes the rate of the "
     "arm that it ablates."
@@ -71,6 +70,11 @@ ABOUT_EVALUATIONS = (
     "in rows of that length. Means over seeds."
 )
 
+ABOUT_ROWS = "Of the task `heldout`, by position in the document as the model sees it; means over seeds."
+ABOUT_GRIDS = (
+    "As in the paper's figure 5: answers that are right in every token, means over seeds. Cells that are crossed out "
+    "need no selection, for what is asked lies in forced blocks or in the window."
+)
 ABOUT_SELECTION = (
     "Share of a full softmax over the selected branch's keys that the chosen blocks hold, the best ones as many, "
     "the forced ones with others drawn at random, and the forced ones alone; how many different blocks 2, 4 and 8 "
@@ -159,6 +163,25 @@ def _evaluation(rows: list[Row]) -> str:
         return f"{loss:.4f}"
     held = [row["selection_recall"] for row in counted if row["selection_recall"] is not None]
     return f"{mean(row['accuracy'] for row in counted):.1%} ({loss:.2f}{f'; {mean(held):.0%}' if held else ''})"
+
+
+def _rows_by_position(arms: list[Row], found: list[Row]) -> Iterator[str]:
+    """A line for each arm in rows of each length: means over its seeds, by position in the document as it is seen."""
+    told = [row for row in found if row.get("by_position")]
+    buckets = sorted({bucket for row in told for bucket in row["by_position"]}, key=lambda b: [*map(int, b.split("-"))])
+    lines = []
+    for length in sorted({row["length"] for row in told}):
+        for arm in arms:
+            rows = [row["by_position"] for row in told if (row["arm"], row["length"]) == (arm["arm"], length)]
+            by_bucket = ([row[bucket] for row in rows if row.get(bucket) is not None] for bucket in buckets)
+            if rows:
+                lines.append((f"{length:,}", f"`{arm['arm']}`", *(_number(mean(v) if v else None) for v in by_bucket)))
+    yield from _table(("tokens of a row", "arm", *buckets), lines)
+
+
+def _grids(rows: list[Row]) -> Iterator[str]:
+    tasks = {row["task"]: row["figure"] for row in rows}
+    yield from (f"![answers to {task}, by length and depth]({figure})" for task, figure in tasks.items())
 
 
 def _selection(arms: list[Row], found: list[Row]) -> Iterator[str]:

@@ -17,7 +17,7 @@ from nsa_train.compare.statistics import spread
 # What a row of `nsa-train eval` is called in the report, and what the report takes from it.
 EVALUATED = {
     "summary": ("eval", ("task", "length", "rope_factor", "accuracy", "low", "high", "loss", "selection_recall",
-                         "samples", "cells")),
+                         "samples", "cells", "by_position")),
     "selection": ("selection", ("length", "rope_factor", "queries", "selection_recall", "best_recall", "random_recall",
                                 "forced_recall", "distinct_blocks", "neighbour_overlap", "distance")),
 }  # fmt: skip
@@ -28,7 +28,7 @@ PAPER_ACTIVE, PAPER_TOKENS = 4.5e9, 270e9  # section 4.1: 27B parameters, 270B t
 def rows_of(arms: Arms, gates: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a fact; `what` is comparison, level, gate, arm, run, eval, selection, difference, lead or secondary.
 
-    Those of maps and of a sweep come from elsewhere: see `command`.
+    Those of grids, maps and a sweep come beside them: see `command`.
     """
     differences = paired_differences(arms)
     ladder = levels(differences, list(arms.runs), gates)
@@ -85,6 +85,30 @@ def _run_row(run: Run, arms: Arms) -> dict[str, Any]:
 def _eval_row(run: Run, row: dict[str, Any]) -> dict[str, Any]:
     what, keys = EVALUATED[row["what"]]
     return {"what": what, "arm": run.arm, "seed": run.seed, **{key: row[key] for key in keys if key in row}}
+
+
+def grid_rows(arms: Arms, figures: str) -> list[dict[str, Any]]:
+    """Answers of each arm by length and depth, task by task: means over its seeds, drawn in <figures>_<task>.png."""
+    found: dict[tuple[str, str], dict[tuple[int, float], list[dict[str, Any]]]] = {}
+    for run in arms.all:
+        for row in run.evaluations:
+            if row["what"] == "cell":
+                cells = found.setdefault((row["task"], run.arm), {})
+                cells.setdefault((row["length"], row["depth"]), []).append(row)
+    return [
+        {"what": "grid", "task": task, "arm": arm, "figure": f"{figures}_{task}.png",
+         "cells": [_mean_cell(rows) for _, rows in sorted(cells.items())]}
+        for (task, arm), cells in sorted(found.items(), key=lambda item: item[0][0])
+    ]  # fmt: skip
+
+
+def _mean_cell(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of the seeds whose questions there need selection, or, where none does, of all."""
+    counted = [row for row in rows if not row["zone"]]
+    return {
+        "length": rows[0]["length"], "depth": rows[0]["depth"], "zone": None if counted else rows[0]["zone"],
+        "accuracy": mean(row["accuracy"] for row in counted or rows),
+    }  # fmt: skip
 
 
 def _tokens_to(run: Run, loss: float) -> float | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from nsa_train import runtime
 from nsa_train.bench import results
+from nsa_train.bench.figures import plot_grids
 from nsa_train.bench.trained import BLOCKS_FILE, TrainedBlocks
 from nsa_train.config.schema import AttentionConfig, Config
 from nsa_train.data.loader import Loader
@@ -25,7 +26,7 @@ from nsa_train.data.store import TokenStore
 from nsa_train.data.tokenizer import MODEL_FILE, Tokenizer
 from nsa_train.errors import ConfigError, DataError, RunFolderError
 from nsa_train.evaluate.blocks import count_blocks, plot_blocks
-from nsa_train.evaluate.grid import answers, cells, plot_grid, summary
+from nsa_train.evaluate.grid import answers, cells, summary
 from nsa_train.evaluate.heldout import longest_documents, losses_in_rows
 from nsa_train.evaluate.maps import attention_maps, cell_tokens, plot_maps
 from nsa_train.evaluate.questions import HELDOUT_WORDS, KINDS, make_documents
@@ -139,7 +140,7 @@ def main(arguments: list[str]) -> int:
             found = list(_grid(task, model, tokenizer, config, lengths, options))
         rows = _with_earlier(path, found)
         if task in KINDS:
-            plot_grid([row for row in rows if row["what"] == "cell"], f"{config.name}: {path.stem}", figure)
+            plot_grids({f"{config.name}: {path.stem}": [row for row in rows if row["what"] == "cell"]}, figure)
         elif task == BLOCKS:
             longest = max(row["length"] for row in rows)
             title = f"{config.name}: selected blocks in held-out rows of {longest:,} tokens"

@@ -118,29 +118,3 @@ def wilson(right: int, samples: int) -> tuple[float, float]:
     share, square = right / samples, Z_95**2 / samples
     centre, half = share + square / 2, Z_95 * math.sqrt(share * (1 - share) / samples + square / (4 * samples))
     return max(0.0, (centre - half) / (1 + square)), min(1.0, (centre + half) / (1 + square))
-
-
-def plot_grid(rows: Sequence[dict[str, Any]], title: str, path) -> None:
-    """Heat map of accuracy, lengths across and depths down; cells that need no selection are crossed out."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lengths, depths = (sorted({row[key] for row in rows}) for key in ("length", "depth"))
-    values = [[math.nan] * len(lengths) for _ in depths]
-    figure, axes = plt.subplots(figsize=(2 + 1.1 * len(lengths), 2 + 0.25 * len(depths)), dpi=110)
-    for row in rows:
-        x, y = lengths.index(row["length"]), depths.index(row["depth"])
-        values[y][x] = row["accuracy"]
-        if row["zone"]:
-            axes.plot([x - 0.4, x + 0.4], [y - 0.4, y + 0.4], color="black", lw=1)
-    image = axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-    axes.set(xlabel="tokens of the document", ylabel="depth of the fact", title=title)
-    figure.colorbar(image, label="answers that are right in every token")
-    figure.text(0.01, 0.01, "crossed out: seen through forced blocks or the window, not counted", fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)

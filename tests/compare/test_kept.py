@@ -29,7 +29,8 @@ def evaluated(run):
     (run / "eval").mkdir()
     found = {"what": "summary", "task": "needle", "length": 512, "accuracy": 1 / 3, "loss": 1.23456789,
              "selection_recall": None}  # fmt: skip
-    whole = {"command": f"nsa-train eval {run}", "rows": [{"what": "cell", "task": "needle"}, found]}
+    cell = {"what": "cell", "task": "needle", "length": 512, "depth": 0.5, "zone": None, "accuracy": 1 / 3}
+    whole = {"command": f"nsa-train eval {run}", "rows": [cell, found]}
     (run / "eval" / "needle.json").write_text(json.dumps(whole))
     (run / "eval" / "needle.png").write_bytes(b"png")
     return run

@@ -171,13 +171,14 @@ def test_the_rates_of_a_sweep_are_taken_and_those_at_an_edge_refused(tmp_path):
 def test_runs_are_kept_with_their_answers_and_not_repeated_where_only_the_files_are(tmp_path):
     runs = [make_run(tmp_path, arm, overrides=[f"name=tiny-{arm}-seed0", *SWEEP]) for arm in ("full", "nsa")]
     (runs[1] / "eval").mkdir()
-    (runs[1] / "eval" / "needle.json").write_text('{"rows": [{"what": "cell"}]}')
+    cell = {"what": "cell", "task": "needle", "length": 512, "depth": 0.5, "zone": None, "accuracy": 0.5}
+    (runs[1] / "eval" / "needle.json").write_text(json.dumps({"rows": [cell]}))
     kept, words = tmp_path / "kept", ["run", "--arms", "full", "nsa", "--keep", tmp_path / "kept"]
     words += ["--set", *SWEEP, f"runs_dir={tmp_path}"]
     done = start(*words, "--out", tmp_path / "first")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(": kept in ") == 2
-    assert Run.read(kept / "tiny-nsa-seed0.json.xz").evaluations == [{"what": "cell"}]
+    assert Run.read(kept / "tiny-nsa-seed0.json.xz").evaluations == [cell]
     for run in runs:
         shutil.rmtree(run)
     done = start(*words, "--eval", "needle", "--out", tmp_path / "again")

@@ -259,7 +259,7 @@ def test_the_markdown_says_what_the_json_says(result):
 def test_answers_of_the_runs_stand_in_the_report(tmp_path):
     runs = [make_run(tmp_path, arm) for arm in ("full", "nsa")]
     for run, held in zip(runs, (None, 0.25), strict=True):
-        cell = {"what": "cell", "task": "needle", "length": 512, "accuracy": 0.0}
+        cell = {"what": "cell", "task": "needle", "length": 512, "depth": 0.5, "zone": None, "accuracy": 0.0}
         found = {
             "what": "summary",
             "task": "needle",
@@ -282,6 +282,40 @@ def test_answers_of_the_runs_stand_in_the_report(tmp_path):
         "| needle | 512 | 50.0% (1.25) | 50.0% (1.25; 25%) |",
     ):
         assert line in text
+
+
+def test_answers_by_depth_and_losses_by_position_stand_in_the_report(tmp_path):
+    runs = [make_run(tmp_path, arm, seed) for arm in ("full", "nsa") for seed in (0, 1)]
+    for run, right, zone in zip(runs, (0.25, 0.75, 1.0, 0.5), (None, "window", None, None), strict=True):
+        (run / "eval").mkdir()
+        cells = [
+            {"what": "cell", "task": "needle", "length": length, "depth": depth, "accuracy": right, "zone": zone}
+            for length, depth in ((512, 0.0), (512, 1.0), (1024, 0.0))
+        ]
+        (run / "eval" / "needle.json").write_text(json.dumps({"rows": cells}))
+        losses = [
+            {"what": "summary", "task": "heldout", "length": length, "loss": 4.0, "by_position": by_position}
+            for length, by_position in (
+                (512, {"0-128": right, "128-512": 2.0}),
+                (1024, {"0-128": 3.0, "512-1024": None}),
+            )
+        ]
+        (run / "eval" / "heldout.json").write_text(json.dumps({"rows": losses}))
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    said = (tmp_path / "out" / "comparison_tiny.md").read_text()
+    for line in (
+        "![answers to needle, by length and depth](comparison_tiny_needle.png)",
+        "| tokens of a row | arm | 0-128 | 128-512 | 512-1024 |",
+        "| 512 | `full` | 0.5000 | 2.0000 | - |",
+        "| 1,024 | `nsa` | 3.0000 | - | - |",
+    ):
+        assert line in said
+    assert (tmp_path / "out" / "comparison_tiny_needle.png").read_bytes()[:4] == b"\x89PNG"
+    rows = json.loads((tmp_path / "out" / "comparison_tiny.json").read_text())["rows"]
+    grids = {row["arm"]: row["cells"] for row in rows if row["what"] == "grid"}
+    assert [(cell["length"], cell["depth"]) for cell in grids["nsa"]] == [(512, 0.0), (512, 1.0), (1024, 0.0)]
+    told = {arm: (cells[0]["accuracy"], cells[0]["zone"]) for arm, cells in grids.items()}
+    assert told == {"full": (0.25, None), "nsa": (0.75, None)}
 
 
 def test_selection_and_maps_of_the_runs_stand_in_the_report(tmp_path):

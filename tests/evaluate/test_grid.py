@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from nsa_train.bench.figures import plot_grids
 from nsa_train.cli import main
 from nsa_train.config.load import load_config, to_yaml
 from nsa_train.errors import ConfigError
 from nsa_train.evaluate.command import Options
-from nsa_train.evaluate.grid import Answer, answers, cells, plot_grid, summary, wilson
+from nsa_train.evaluate.grid import Answer, answers, cells, summary, wilson
 from nsa_train.evaluate.questions import Asked, Document
 
 ATTENTION = load_config().attention
@@ -98,7 +99,7 @@ def test_wilsons_interval_is_that_of_the_books():
 
 
 def test_the_heat_map_is_drawn(tmp_path):
-    plot_grid([row for n in (512, 1024) for row in cells(FOUND, n, 4)], "title", tmp_path / "grid.png")
+    plot_grids({"title": [row for n in (512, 1024) for row in cells(FOUND, n, 4)]}, tmp_path / "grid.png")
     assert (tmp_path / "grid.png").read_bytes()[:4] == b"\x89PNG"
 
 
