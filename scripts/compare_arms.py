@@ -13,6 +13,7 @@ of another recipe than its own; an ablation without a sweep takes the rate of th
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import signal
@@ -35,7 +36,7 @@ from nsa_train.compare.runs import Run
 from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
 from nsa_train.errors import DivergedError, Interrupted, NsaTrainError, RunFolderError
-from nsa_train.evaluate.command import TASKS, Options, check_lengths, misfit
+from nsa_train.evaluate.command import BLOCKS, MAPS, TASKS, Options, check_lengths, misfit
 from nsa_train.train.folder import FREE_KEYS, RunFolder, differing
 
 POLL_S = 0.2
@@ -80,8 +81,15 @@ class Job:
         if not self.trained:
             return [] if self.kept else ["train", *self.overrides]
         run = self.config.run_dir
-        left = [task for task in self.tasks if not (run / "eval" / f"{task}.json").exists()]
+        left = [task for task in self.tasks if not self._answered(run / "eval" / f"{task}.json")]
         return ["eval", str(run), f"task={','.join(left)}", *self.lengths] if left else []
+
+    def _answered(self, file: Path) -> bool:
+        """Whether a task has its answers, of quizzes and `heldout` at every length that is asked for."""
+        if not file.exists() or file.stem in (BLOCKS, MAPS):
+            return file.exists()
+        there = {row.get("length") for row in json.loads(file.read_text())["rows"]}
+        return there >= {*Options.parse([f"task={file.stem}", *self.lengths]).lengths}
 
     def keep(self) -> None:
         """The run as far as it has come, with the evaluations that there are; says so where it cannot be kept."""
@@ -313,7 +321,7 @@ def main() -> int:
     trained.add_argument("--start-from", type=Path, metavar="FOLDER", help=about)
     about = f"of `nsa-train eval`, for every run that it fits: {', '.join(TASKS)}"
     trained.add_argument("--eval", nargs="+", default=[], choices=TASKS, metavar="TASK", help=about)
-    trained.add_argument("--lengths", metavar="N,N", help="of these tasks; what has an answer is not asked again")
+    trained.add_argument("--lengths", metavar="N,N", help="of these tasks; what has all of them is not asked again")
     about = "of files that keep runs: those that it has are not trained, and those that end are kept there"
     trained.add_argument("--keep", type=Path, metavar="FOLDER", help=about)
     trained.add_argument("--name", help="of the report; default: the experiment's")

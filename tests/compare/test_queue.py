@@ -191,6 +191,21 @@ def test_runs_are_kept_with_their_answers_and_not_repeated_where_only_the_files_
     assert "keeps a run with another configuration; choose another --keep:\n  trainer.steps: 6 there, 7" in done.stderr
 
 
+def test_answers_at_some_of_the_lengths_are_not_all(tmp_path, monkeypatch):
+    arms = load_script("compare_arms", monkeypatch)
+    run = make_run(tmp_path, "nsa", overrides=["name=tiny-nsa-seed0", *SWEEP])
+    (run / "eval").mkdir()
+    for task in ("needle", "maps"):
+        (run / "eval" / f"{task}.json").write_text(json.dumps({"rows": [{"task": task, "length": 512}]}))
+
+    def left(*lengths):
+        words = [*SWEEP, f"runs_dir={tmp_path}", "attention=nsa"]
+        return arms.Job.of("nsa-seed0", *words, tasks=["needle", "maps"], lengths=lengths).command()
+
+    assert left() == left("lengths=512") == []
+    assert left("lengths=512,1024") == ["eval", str(run), "task=needle", "lengths=512,1024"]
+
+
 def test_a_file_of_another_run_is_left_and_told(tmp_path):
     runs = [make_run(tmp_path, arm, overrides=[f"name=tiny-{arm}-seed0", *SWEEP]) for arm in ("full", "nsa")]
     assert main(["compare", "keep", *map(str, runs), "--out", str(tmp_path / "kept")]) == 0
