@@ -2,8 +2,13 @@
 
 A question repeats the words of its fact up to the value, so a model answers it by induction: it copies what followed
 the same words before. Small models learn that from any text, but must have met the format before they can be asked.
-Training and held-out documents share neither keys nor templates. Values are five digits of all ten in both, drawn anew
-for each fact: nothing but the document tells them, so an answer shows recall and not memory.
+Training and held-out documents share neither keys nor templates. Values are an adjective and a noun of lists that both
+share, drawn anew for each fact: nothing but the document tells them, so an answer shows recall and not memory, and one
+of 4,096 is right by chance.
+
+A value follows its key at once, and its words are a token each. So a model that looks where the last token stood before
+finds the answer: the last piece of a key is that of few others, and then comes the adjective. Digits would not do: the
+space before them is a token and they are ten others, the same in every fact.
 
 Each document ends with one or more questions whose answers can be read off its text; `answers` finds them again. The
 same split, number and sizes give the same document.
@@ -27,11 +32,11 @@ from nsa_train.errors import DataError
 class Words(NamedTuple):
     """What the documents of one split are made of; no key and no template occurs in the other split.
 
-    A key stands behind a space wherever it is told or asked for, and a value behind one at the end of its line, so that
+    A key stands behind a space wherever it is told or asked for, and a value behind it at the end of its line, so that
     a tokenizer gives both the same tokens in a question as in its fact.
     """
 
-    keys: str  # first letters of the syllables of keys and variables
+    keys: str  # first letters of keys and variables; what follows them is alike, so that both have the same last pieces
     needle: str  # template of a line that is to be recalled, and of its question
     assign: str  # template of a variable with a value
     copy: str  # template of a variable that is another's, in the words of `assign`
@@ -39,16 +44,27 @@ class Words(NamedTuple):
 
 
 WORDS = {
-    "train": Words(
-        "bcdghjktwz", "code {key} {value}", "let {key} = {value}", "let {key} = {other}", "value of {key} = {value}",
-    ),
+    "train": Words("bcghjlnrtw", "code {key} {value}", "let {key} {value}", "let {key} {other}", "trace {key} {value}"),
     "heldout": Words(
-        "flmnprsv", "remember {key} {value}", "now {key} holds {value}", "now {key} holds {other}",
-        "at last {key} holds {value}",
+        "dfkmpsvz", "remember {key} {value}", "now {key} {value}", "now {key} {other}", "at last {key} {value}"
     ),
-}  # fmt: skip
-DIGITS = "0123456789"  # of values
+}
+CONSONANTS = "bcdfghjklmnprstvwz"  # of keys after their first letter
 VOWELS = "aeiou"
+# Of values, in both splits. All 128 are one token behind a space in the tokenizer of data=comparison, common words that
+# they are: also in one that was trained before the documents had them.
+ADJECTIVES = """
+    silver golden purple yellow green blue brown white black red grey hidden broken frozen gentle clever brave proud
+    noble royal secret sacred wooden iron rapid steady sudden tender bitter sweet silent happy careful curious ancient
+    modern foreign central public private common rare smooth rough thick thin sharp solid empty full deep broad wide
+    tall short round square flat straight wild calm busy wise honest
+""".split()  # noqa: SIM905
+NOUNS = """
+    horse bear dog cat bird cow sheep castle palace church prison kitchen island valley desert sword candle mirror king
+    queen prince knight priest soldier servant judge poet wine salt ring wheel engine carriage coat boot hat tree leaf
+    branch flower moon star cloud thunder rain snow wind bell clock pipe pen book heart lamp gold cup chair box gate
+    roof rock sand sea boat
+""".split()  # noqa: SIM905
 FILLER = """
     the a this that some every one river road house garden table window letter morning evening winter summer market
     bridge village mountain ship captain teacher doctor farmer sister brother friend stranger child crowd silence
@@ -59,19 +75,21 @@ FILLER = """
 """.split()  # noqa: SIM905
 
 
-# Characters of filler that have the tokens of one of a line with a fact: made-up words and digits are dear.
-FACT_WEIGHT = 3
+# Characters of filler that have the tokens of one of a line with a fact, whose key is dear: by the tokenizer of
+# data=comparison a token has 5.4 of those and 3.6 of these.
+FACT_WEIGHT = 1.5
+TYPICAL = {"key": "rudeka", "value": "silver bell"}  # of mean length
 MOST_PAIRS = 4096  # few beside the keys that there are
 
 
 def recall_documents(split: str, documents: int, least_chars: int, most_chars: int) -> Iterator[Document]:
-    """Documents of all kinds in turn, none shorter or longer; long ones are as frequent as short ones.
+    """Documents of all kinds in turn, none longer and hardly one shorter; long ones are as frequent as short ones.
 
     A kind's `size` is in characters of filler, from FACT_WEIGHT * least_chars to most_chars: documents of one size have
     about as many tokens, those full of facts in fewer characters.
     """
     kinds = [*KINDS, "mqar"]  # twice, for it asks for most
-    least = min(FACT_WEIGHT * (least_chars + _pair_chars(WORDS[split])), most_chars)  # a pair may be rounded off
+    least = min(FACT_WEIGHT * (least_chars + 2 * _pair_chars(WORDS[split])), most_chars)  # so much may be rounded off
     for number in range(documents):
         kind = kinds[number % len(kinds)]
         draw = random.Random(runtime.seed_of("recall", split, number, least_chars, most_chars))
@@ -105,32 +123,31 @@ def answers(text: str, words: Words) -> list[tuple[str, str]]:
 
 def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(
-        re.escape(template).replace(r"\{key\}", "(?P<key>[a-z]+)").replace(r"\{value\}", r"(?P<value>\d+)")
+        re.escape(template).replace(r"\{key\}", "(?P<key>[a-z]+)").replace(r"\{value\}", "(?P<value>[a-z]+ [a-z]+)")
     )
 
 
 def _needle(draw: random.Random, words: Words, size: int) -> str:
     """A few lines among filler, all asked for at the end."""
-    needles = draw.randint(1, 4)
-    return _hidden(draw, words, size, needles, asked=needles)
+    return _hidden(draw, words, size, draw.randint(1, 4))
 
 
 def _multikey(draw: random.Random, words: Words, size: int) -> str:
-    """Many lines of one form among filler, many asked for: no line stands out by its form."""
-    return _hidden(draw, words, size, needles=draw.randint(8, 64), asked=draw.randint(8, 32))
+    """Many lines of one form among filler, all asked for: no line stands out by its form."""
+    return _hidden(draw, words, size, draw.randint(16, 128))
 
 
-def _hidden(draw: random.Random, words: Words, size: int, needles: int, asked: int) -> str:
+def _hidden(draw: random.Random, words: Words, size: int, needles: int) -> str:
     """At most so many needles: as many as leave room for their questions."""
     pairs = _pairs(draw, words, min(needles, _most_pairs(words, size)))
     lines = [words.needle.format(key=key, value=value) for key, value in pairs]
-    return _among_filler(draw, lines, draw.sample(lines, min(asked, len(lines))), size, in_order=False)
+    return _among_filler(draw, lines, draw.sample(lines, len(lines)), size, in_order=False)
 
 
 def _tracing(draw: random.Random, words: Words, size: int) -> str:
     """Chains of assignments, two to four hops each, mixed but each in its order, and asked for by its last variable."""
-    chain_chars = 6 * len(words.trace.format(key="abcdef", value="12345"))  # five lines and the question, at most
-    chains = min(draw.randint(4, 12), max(1, size // (FACT_WEIGHT * chain_chars)))
+    chain_chars = 6 * len(words.trace.format(**TYPICAL))  # five lines and the question, at most
+    chains = min(draw.randint(4, 32), max(1, int(size / (FACT_WEIGHT * chain_chars))))
     names = _keys(draw, words, chains * 5)
     lines: list[list[str]] = []
     questions = []
@@ -155,12 +172,12 @@ def _mqar(draw: random.Random, words: Words, size: int) -> str:
 
 def _most_pairs(words: Words, size: int) -> int:
     """How many pairs have room in a document, told and asked for; one at least."""
-    return max(1, min(size // (FACT_WEIGHT * _pair_chars(words)), MOST_PAIRS))
+    return max(1, min(int(size / (FACT_WEIGHT * _pair_chars(words))), MOST_PAIRS))
 
 
 def _pair_chars(words: Words) -> int:
     """Characters of a pair, told and asked for."""
-    return 2 * len(words.needle.format(key="abcdef", value="12345") + "\n")
+    return 2 * len(words.needle.format(**TYPICAL) + "\n")
 
 
 def _among_filler(draw: random.Random, lines: list[str], questions: list[str], size: int, in_order: bool) -> str:
@@ -172,7 +189,7 @@ def _among_filler(draw: random.Random, lines: list[str], questions: list[str], s
     return "\n".join([*_inserted(filler, lines, depths), *questions]) + "\n"
 
 
-def _filler(draw: random.Random, room: int) -> list[str]:
+def _filler(draw: random.Random, room: float) -> list[str]:
     """Lines of words without facts, of nearly but at most `room` characters."""
     filler: list[str] = []
     while True:
@@ -199,12 +216,13 @@ def _keys(draw: random.Random, words: Words, count: int) -> list[str]:
     """Different made-up words of three syllables."""
     found: dict[str, None] = {}
     while len(found) < count:
-        found["".join(draw.choice(words.keys) + draw.choice(VOWELS) for _ in range(3))] = None
+        consonants = draw.choice(words.keys), draw.choice(CONSONANTS), draw.choice(CONSONANTS)
+        found["".join(consonant + draw.choice(VOWELS) for consonant in consonants)] = None
     return list(found)
 
 
 def _value(draw: random.Random) -> str:
-    return "".join(draw.choices(DIGITS, k=5))
+    return f"{draw.choice(ADJECTIVES)} {draw.choice(NOUNS)}"
 
 
 # Quizzes: the same kinds with what is asked for at a chosen depth -----------------------------------------------------
