@@ -68,7 +68,7 @@ class Job:
         file = keep and keep / f"{config.name}{kept.SUFFIX}"
         if file and file.exists():
             there, now = kept.recipe(Run.read(file).config), kept.recipe(config)
-            differ = differing(there, now, (*FREE_KEYS, "data.corpus"))  # a comparison asks for its hash
+            differ = differing(there, now, (*FREE_KEYS, *kept.SAME_RESULT))
             lines = [f"  {key}: {a!r} there, {b!r} now" for key, (a, b) in differ.items()]
             if lines:
                 raise RunFolderError(
@@ -88,7 +88,7 @@ class Job:
         """Whether a task has its answers, of quizzes and `heldout` at every length that is asked for."""
         if not file.exists() or file.stem in (BLOCKS, MAPS):
             return file.exists()
-        there = {row.get("length") for row in json.loads(file.read_text())["rows"]}
+        there = {row.get("length") for row in json.loads(file.read_text())["rows"] if "settings" in row}
         return there >= {*Options.parse([f"task={file.stem}", *self.lengths]).lengths}
 
     def keep(self) -> None:

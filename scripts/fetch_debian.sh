@@ -1,7 +1,7 @@
 #!/bin/sh
 # Fetch the packages behind data=debian_small, data=linux and data=comparison from the Debian mirror that apt knows:
 #   scripts/fetch_debian.sh small|linux [FOLDER]      FOLDER is data.root, `downloads` unless given
-# The versions are Debian 12's own, not those of its security updates, which change: runs compare on equal text only.
+# The versions are of Debian 12's last release, not of its security updates: runs compare on equal text only.
 set -eu
 case "${1:-}" in
     small) packages="golang-1.19-src=1.19.8-2 python3.11-doc=3.11.2-6+deb12u8 postgresql-doc-15=15.18-0+deb12u1" ;;

@@ -22,7 +22,7 @@ def cuts_of(run: Run) -> dict[str, np.ndarray]:
 
     `text` leaves out the documents of synthetic sources, and so do positions and distances: levels are about what
     people wrote. `all` is everything that was held out; `mixture`, there where the configuration has one, is
-    everything, weighed source by source as in training. `position 1024+` is where selection has more blocks than it
+    everything, weighed source by source by `data.mixture`. `position 1024+` is where selection has more blocks than it
     may read, `recall 2048+` far beyond a window.
     """
     h, far = run.heldout, far_starts(run.config.attention)
@@ -62,7 +62,7 @@ def _as_trained(run: Run) -> np.ndarray:
     labels = h.position[..., 1].sum(1)
     for group in groups_of(run.config.data.mixture, h.sources.tolist()):
         mine = np.isin(h.source, group.sources)
-        if mine.any():
+        if labels[mine].any():
             weight[mine] = group.weight * labels.sum() / labels[mine].sum()
     return weight
 

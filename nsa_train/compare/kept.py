@@ -97,6 +97,10 @@ def load(path: Path) -> dict[str, Any]:
         raise RunFolderError(f"{path}: something is missing ({error}); keep the run again") from error
 
 
+# Besides FREE_KEYS, what runs of one recipe may differ in: rounding, and where the corpus lies, whose hash is compared.
+SAME_RESULT = ("trainer.micro_rows", "trainer.activation_checkpointing", "data.corpus")
+
+
 def recipe(config: schema.Config) -> dict[str, Any]:
     """What of a configuration runs on any machine share: no absolute paths, nor where sources lie."""
     tree = _without_places(to_tree(config))

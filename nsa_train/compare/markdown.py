@@ -50,7 +50,7 @@ ABOUT_SWEEP = (
 )
 ABOUT_DIFFERENCES = (
     "On `text`, everything but documents of synthetic sources, which levels are about; on `all`, everything; and on "
-    "the `mixture`, everything weighed source by source as in training, where it has held-out documents. Mean over "
+    "the `mixture`, everything weighed by `data.mixture` over sources with held-out documents. Mean over "
     "seeds, standard error (that of the documents in brackets) and two-sided 95% interval; negative: the first arm is "
     "better. One seed has no interval: how much seeds differ is not known."
 )

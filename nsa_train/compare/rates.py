@@ -21,8 +21,8 @@ ABLATES = {
 }  # fmt: skip
 # In which a sweep may differ from the runs that take its rates: how long and how it is measured, beside where it lies.
 OF_SWEEPS = (
-    *FREE_KEYS, "name", "seed", "optim.lr", "trainer.steps", "schedule", "trainer.val_every", "trainer.val_rows",
-    "trainer.heldout_rows", "data.corpus",
+    *FREE_KEYS, *kept.SAME_RESULT, "name", "seed", "optim.lr", "trainer.steps", "schedule", "trainer.val_every",
+    "trainer.val_rows", "trainer.heldout_rows",
 )  # fmt: skip
 STEP = 2.0  # from one rate to the next, where a sweep had one rate only
 

@@ -39,7 +39,7 @@ def rows_of(arms: Arms, gates: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
         *({**gate, "what": "gate"} for gate in gates),
         *(_arm_row(runs) for runs in arms.runs.values()),
         *(_run_row(run, arms) for run in arms.all),
-        *(_eval_row(run, row) for run in arms.all for row in run.evaluations if row["what"] in EVALUATED),
+        *(_eval_row(run, row) for run in arms.all for row in run.evaluations if _of_today(row)),
         *({"what": "difference", **dataclasses.asdict(d)} for d in differences),
         *(_lead_row(run, arms) for run in arms.all if run.arm != arms.baseline),
         *({"what": "secondary", **one._asdict()} for one in secondary(differences, arms.all[0].config.attention)),
@@ -80,6 +80,11 @@ def _run_row(run: Run, arms: Arms) -> dict[str, Any]:
             for tokens, loss in run.curve
         ],
     }  # fmt: skip
+
+
+def _of_today(row: dict[str, Any]) -> bool:
+    """Whether the report has a row of `nsa-train eval`: no `heldout` from before its lengths had the same labels."""
+    return row["what"] in EVALUATED and not (row.get("task") == "heldout" and "settings" not in row)
 
 
 def _eval_row(run: Run, row: dict[str, Any]) -> dict[str, Any]:

@@ -138,7 +138,7 @@ class Run:
 
     @property
     def in_graphs(self) -> bool:
-        """Whether training passes were replayed as CUDA graphs, by the configuration: a GPU before Hopper has none."""
+        """Whether training passes were replayed as CUDA graphs, by the configuration; GPUs before Hopper have none."""
         return self.config.in_graphs and self.manifest["device"] != "CPU"
 
     @property
@@ -249,7 +249,7 @@ def _one_recipe(runs: Sequence[Run]) -> Iterator[str]:
     How a step is split into micro-batches is free: it changes rounding only. Corpora and origins have checks of their
     own.
     """
-    free = (*FREE_KEYS, "name", "seed", "trainer.micro_rows", "data.corpus", "init_from")
+    free = (*FREE_KEYS, *kept.SAME_RESULT, "name", "seed", "init_from")
     recipes = {id(run): kept.recipe(run.config) for run in runs}
     for number, run in enumerate(runs):
         sibling = next(other for other in runs if other.arm == run.arm)

@@ -2,9 +2,9 @@
 
 A question repeats the words of its fact up to the value, so a model answers it by induction: it copies what followed
 the same words before. Small models learn that from any text, but must have met the format before they can be asked.
-Training and held-out documents share neither keys nor templates. Values are an adjective and a noun of lists that both
-share, drawn anew for each fact: nothing but the document tells them, so an answer shows recall and not memory, and one
-of 4,096 is right by chance.
+Documents of the words `train` and `heldout` share neither keys nor templates. Values are an adjective and a noun of
+lists that both share, drawn anew for each fact: nothing but the document tells them, so an answer shows recall and not
+memory, and one of 4,096 is right by chance.
 
 A value follows its key at once, and its words are a token each. So a model that looks where the last token stood before
 finds the answer: the last piece of a key is that of few others, and then comes the adjective. Digits would not do: the

@@ -42,7 +42,8 @@ GPUS = {
 Shares = Mapping[str, Mapping[int, float]]  # part -> size (`size_of`) -> share of the peak
 
 # By `python scripts/fit_speed.py docs/results/training_<gpu>.json docs/results/attention_h100.json`, whose output
-# stands here: GPU time by `profile=trace`. Sizes 384 and 64 are preset r1, 1536 and 192 m, 2560 the paper's model.
+# stands here: GPU time by `profile=trace`. Sizes 384 and 64 are preset r1, 1536 and an H200's 192 m, 2560 and an
+# H100's 192 the paper's model.
 # `other` of an H200 is left out: its rows are from before one rank added gradients at once.
 H200: Shares = {
     "attention": {384: 0.372, 1536: 0.633},

@@ -413,12 +413,12 @@ class _Run:
             "tokenizer_sha256": self.facts["tokenizer_sha256"],
             "common_weights_sha256": common_hash(self.progress.initial_weights),
             "initial_weights_sha256": self.progress.initial_weights,
-            "rows_fingerprint": train.fingerprint, "rows_sample_sha256": train.sample_sha256(steps),
+            "rows_fingerprint": train.fingerprint,
+            # not of rows that an older version may have read
+            "rows_sample_sha256": before.get("rows_sample_sha256") if before else train.sample_sha256(steps),
             "origin": self.progress.origin,
-            "commit": runtime.git_commit(),
-            "versions": runtime.versions(),
-            "device": runtime.device_name(),
-            "world_size": self.world,
+            "commit": runtime.git_commit(), "versions": runtime.versions(),
+            "device": runtime.device_name(), "world_size": self.world,
             "wandb_id": self.wandb_id,
         }  # fmt: skip
         self.folder.bind()

@@ -196,7 +196,9 @@ def test_answers_at_some_of_the_lengths_are_not_all(tmp_path, monkeypatch):
     run = make_run(tmp_path, "nsa", overrides=["name=tiny-nsa-seed0", *SWEEP])
     (run / "eval").mkdir()
     for task in ("needle", "maps"):
-        (run / "eval" / f"{task}.json").write_text(json.dumps({"rows": [{"task": task, "length": 512}]}))
+        (run / "eval" / f"{task}.json").write_text(
+            json.dumps({"rows": [{"task": task, "length": 512, "settings": {}}]})
+        )
 
     def left(*lengths):
         words = [*SWEEP, f"runs_dir={tmp_path}", "attention=nsa"]
