@@ -6,9 +6,9 @@ Documents of the words `train` and `heldout` share neither keys nor templates. V
 lists that both share, drawn anew for each fact: nothing but the document tells them, so an answer shows recall and not
 memory, and one of 4,096 is right by chance.
 
-A value follows its key at once, and its words are a token each. So a model that looks where the last token stood before
-finds the answer: the last piece of a key is that of few others, and then comes the adjective. Digits would not do: the
-space before them is a token and they are ten others, the same in every fact.
+A value follows its key at once, and its words are a token each. So to look where the last token stood before finds the
+answer: the last piece of a key is that of few others, and then comes the adjective. With digits it does not: the space
+before them is a token and they are ten others, the same in every fact.
 
 Each document ends with one or more questions whose answers can be read off its text; `answers` finds them again. The
 same split, number and sizes give the same document.
