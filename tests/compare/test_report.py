@@ -17,6 +17,8 @@ from nsa_train.compare.statistics import Difference
 from nsa_train.config.load import load_config
 from nsa_train.plan.flops import training_flops
 
+HELDOUT_ROW = {"what": "summary", "task": "heldout", "settings": {}}
+
 
 def passed(arm):
     row = {"experiment": "tiny", "arm": arm, "gate": "future", "passed": True, "found": "0", "demanded": "0"}
@@ -272,7 +274,7 @@ def test_answers_of_the_runs_stand_in_the_report(tmp_path):
         (run / "eval").mkdir()
         (run / "eval" / "needle.json").write_text(json.dumps({"rows": [cell, found, nothing]}))
     (runs[1] / "eval" / "heldout.json").write_text(
-        json.dumps({"rows": [{"what": "summary", "task": "heldout", "length": 1024, "loss": 4.5, "by_position": {}}]})
+        json.dumps({"rows": [HELDOUT_ROW | {"length": 1024, "loss": 4.5, "by_position": {}}]})
     )
     assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "comparison_tiny.md").read_text()
@@ -294,7 +296,7 @@ def test_answers_by_depth_and_losses_by_position_stand_in_the_report(tmp_path):
         ]
         (run / "eval" / "needle.json").write_text(json.dumps({"rows": cells}))
         losses = [
-            {"what": "summary", "task": "heldout", "length": length, "loss": 4.0, "by_position": by_position}
+            HELDOUT_ROW | {"length": length, "loss": 4.0, "by_position": by_position}
             for length, by_position in (
                 (512, {"0-128": right, "128-512": 2.0}),
                 (1024, {"0-128": 3.0, "512-1024": None}),

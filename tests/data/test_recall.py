@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 
 from nsa_train.config.load import load_config
-from nsa_train.data.prepare import prepare
+from nsa_train.data import recall
+from nsa_train.data.prepare import _key, prepare
 from nsa_train.data.recall import ADJECTIVES, FACT_WEIGHT, FILLER, KINDS, NOUNS, WORDS, answers, recall_documents
 from nsa_train.data.store import TokenStore
 from nsa_train.data.tokenizer import Tokenizer, train_tokenizer
@@ -186,3 +187,12 @@ def test_a_source_without_sizes_or_of_unknown_words_is_refused(tmp_path):
     config = recall_corpus(tmp_path, "data.paths=[test]")
     with pytest.raises(DataError, match=r"kind=recall: paths=\['test'\] must be train or heldout"):
         prepare(config.data, config.model.vocab, lambda line: None)
+
+
+def test_a_corpus_of_other_documents_gets_another_folder(monkeypatch):
+    with_recall, without = (load_config([f"data={name}"]).data for name in ("stdlib_recall", "stdlib"))
+    before = [_key(data, 1024) for data in (with_recall, without)]
+    monkeypatch.setattr(recall, "FILLER", [*recall.FILLER, "another"])
+    after = [_key(data, 1024) for data in (with_recall, without)]
+    assert after[0] != before[0]
+    assert after[1] == before[1]
