@@ -13,7 +13,6 @@ of another recipe than its own; an ablation without a sweep takes the rate of th
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import signal
@@ -36,7 +35,7 @@ from nsa_train.compare.runs import Run
 from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
 from nsa_train.errors import DivergedError, Interrupted, NsaTrainError, RunFolderError
-from nsa_train.evaluate.command import BLOCKS, MAPS, TASKS, Options, check_lengths, misfit
+from nsa_train.evaluate.command import BLOCKS, MAPS, TASKS, Options, answers_there, check_lengths, misfit
 from nsa_train.train.folder import FREE_KEYS, RunFolder, differing
 
 POLL_S = 0.2
@@ -88,7 +87,7 @@ class Job:
         """Whether a task has its answers, of quizzes and `heldout` at every length that is asked for."""
         if not file.exists() or file.stem in (BLOCKS, MAPS):
             return file.exists()
-        there = {row.get("length") for row in json.loads(file.read_text())["rows"] if "settings" in row}
+        there = {row.get("length") for row in answers_there(file) if "settings" in row}
         return there >= {*Options.parse([f"task={file.stem}", *self.lengths]).lengths}
 
     def keep(self) -> None:

@@ -75,7 +75,7 @@ class Run:
         """
         path = folder / f"{self.config.name}{kept.SUFFIX}"
         written = kept.save(path, {key: getattr(self, key) for key in kept.PARTS})
-        left = [file for file in (self.path / BLOCKS,) if file.is_file()]
+        left = [self.path / BLOCKS] if (self.path / BLOCKS).is_file() else []
         if self.maps.is_file() and not kept.save_maps(path, self.maps):
             left.append(self.maps)
         if written and left:

@@ -120,7 +120,7 @@ def main(arguments: list[str]) -> int:
     for task in options.task:
         if reason := misfit(task, config.attention):
             raise ConfigError(f"eval: {folder} is of the arm {config.arm}, and task={task} {reason}")
-        _there(folder / "eval" / f"{options.name_of(task)}.json")
+        answers_there(folder / "eval" / f"{options.name_of(task)}.json")
     check_lengths(options, config)
     model, tokenizer = _opened(folder)
     (folder / "eval").mkdir(exist_ok=True)
@@ -151,7 +151,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _there(path: Path) -> list[dict[str, Any]]:
+def answers_there(path: Path) -> list[dict[str, Any]]:
     """Rows of an earlier answer; none where there is no file. Raises RunFolderError."""
     try:
         return json.loads(path.read_text())["rows"] if path.exists() else []
@@ -161,7 +161,7 @@ def _there(path: Path) -> list[dict[str, Any]]:
 
 def _with_earlier(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the file of a task is to hold; says so where earlier answers go because they were asked in another way."""
-    earlier = _there(path)
+    earlier = answers_there(path)
     before, now = (settings_of(some).get(rows[0]["task"], {}) for some in (earlier, rows))
     if earlier and before != now:
         changed = (f"{key}={now.get(key)} ({before.get(key, 'unknown')} before)" for key in now | before
