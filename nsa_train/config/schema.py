@@ -452,8 +452,7 @@ class Config:
         """What reads lengths of documents on the host, asks the device, or moves weights and gradients."""
         attention, parallel, trainer = self.attention, self.parallel, self.trainer
         against = {
-            f"attention.branches=[{','.join(attention.branches)}]": attention.branches in (("full",), ("cmp", "win")),
-            f"attention.selection={attention.selection}": "slc" in attention.branches and attention.selection != "topn",
+            "attention.branches=[full]": attention.branches == ("full",),
             "attention.backend=reference": attention.backend == "reference",
             "trainer.dtype=fp32": trainer.dtype == "fp32",
             "trainer.compile=true": trainer.compile,

@@ -255,8 +255,6 @@ def test_all_problems_are_reported_at_once():
     [
         (["attention=full"], "attention.branches=[full]"),
         (["attention=full_gated"], "attention.branches=[full]"),
-        (["attention=nsa_no_slc"], "attention.branches=[cmp,win]"),
-        (["attention=nsa_random"], "attention.selection=random"),
         (["attention.backend=reference"], "attention.backend=reference"),
         (["trainer.dtype=fp32"], "trainer.dtype=fp32"),
         (["trainer.compile=true", "trainer.activation_checkpointing=true"],
@@ -272,7 +270,7 @@ def test_cuda_graphs_are_refused_with_the_keys_that_they_do_not_go_with(override
     assert f"trainer.cuda_graphs=true does not go with {named}; leave it false" in text
 
 
-@pytest.mark.parametrize("arm", ["nsa", "nsa_no_win", "nsa_shared_kv", "window"])
+@pytest.mark.parametrize("arm", ["nsa", "nsa_no_slc", "nsa_no_win", "nsa_random", "nsa_shared_kv", "window"])
 def test_cuda_graphs_go_with_arms_whose_passes_know_documents_on_the_device_only(arm):
     for asked in ("true", "auto"):
         assert load_config([f"attention={arm}", f"trainer.cuda_graphs={asked}", "parallel=zero1"]).in_graphs

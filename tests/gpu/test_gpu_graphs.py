@@ -43,8 +43,9 @@ def results(model, batch):
 
 @pytest.mark.parametrize(
     "words",
-    [TINY, [*TINY, "attention=nsa_no_win"], [*TINY, "attention=nsa_shared_kv"], [*TINY, "attention=window"],
-     [*TINY, "attention.phi=gated_pool"], HOPPER, [*HOPPER, "attention=window"]],
+    [TINY, [*TINY, "attention.phi=gated_pool"],
+     *([*TINY, f"attention={arm}"] for arm in ("nsa_no_slc", "nsa_no_win", "nsa_random", "nsa_shared_kv", "window")),
+     HOPPER, *([*HOPPER, f"attention={arm}"] for arm in ("nsa_no_slc", "nsa_random", "window"))],
     ids=" ".join,
 )  # fmt: skip
 def test_replayed_passes_give_the_bits_of_plain_ones_whatever_the_documents(words):
