@@ -156,6 +156,7 @@ class SourceConfig:
     hub_split: str  # hub: split of the data set
     revision: str | None  # hub: commit or tag; null: what is newest when it is read
     take: int | None  # hub: the first so many records; null: all; recall: so many documents
+    haystack: tuple[str, ...]  # recall: names of data.sources in whose training text facts are hidden
 
     def problems(self) -> list[str]:
         sizes = {key: getattr(self, key) for key in ("min_chars", "max_chars", "depth")}

@@ -21,7 +21,7 @@ from nsa_train.config.schema import DataConfig
 from nsa_train.data import shards
 from nsa_train.data.pack import PACKING_KEYS
 from nsa_train.data.progress import Meter
-from nsa_train.data.recall import KINDS, recall_documents
+from nsa_train.data.recall import KINDS, Haystack, recall_documents
 from nsa_train.data.selection import DROPPED, SPLITS, ReadFailed, Selection, Split, chosen, select
 from nsa_train.data.sources import input_stats
 from nsa_train.data.statistics import packing_numbers, plot_lengths, source_numbers, split_numbers, unigram_entropy
@@ -110,7 +110,8 @@ def _key(data: DataConfig, vocab: int) -> str:
         "python": _python(data),
     }
     if any(source.kind == "recall" for source in data.named_sources.values()):  # its text is made, not read
-        inputs["recall"] = [document.text for document in recall_documents("train", 2 * len(KINDS), 1000, 2000)]
+        made = recall_documents("train", Haystack(["its text has its own name"]), 2 * len(KINDS), 1000, 2000)
+        inputs["recall"] = [document.text for document in made]
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import numpy as np
 
 from nsa_train.config.schema import DataConfig
 from nsa_train.data.files import Document
+from nsa_train.data.heldout import hash_of, held_out
 from nsa_train.data.ledger import Ledger
 from nsa_train.data.sources import Candidate, candidates
 from nsa_train.errors import DataError
@@ -78,10 +78,9 @@ class Selection:
 def select(data: DataConfig, seen: Callable[[int], None] = lambda size: None) -> Selection:
     """Read every document once, and decide. `seen` is told the bytes of each document.
 
-    A source with `heldout_paths` holds those documents out. In any other a document is held out where the hash of its
-    text, as a fraction, is below `heldout_share`; at least one document lands in either split, unless there is only
-    one. Of equal documents the first stays, a held-out one before any for training; so it is with documents that are
-    at least `near_duplicates` alike, in the order of reading.
+    A source with `heldout_paths` holds those documents out, any other one those of `heldout.held_out`. Of equal
+    documents the first stays, a held-out one before any for training; so it is with documents that are at least
+    `near_duplicates` alike, in the order of reading.
     Raises DataError for inputs that cannot be read, and where a split would be empty.
     """
     ledger = Ledger(data.on_error)
@@ -152,11 +151,6 @@ def documents(data: DataConfig, split: Split) -> Iterator[Document]:
     return (document for place, document in chosen(data, select(data)) if place == split)
 
 
-def hash_of(content: bytes) -> int:
-    """64 bits of the text's sha256: both the document's place in the split and its identity."""
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
-
-
 def _heldout(data: DataConfig, c: dict[str, np.ndarray]) -> np.ndarray:
     """Which candidates are held out, bool [C]."""
     heldout = c["heldout"] != 0
@@ -166,10 +160,7 @@ def _heldout(data: DataConfig, c: dict[str, np.ndarray]) -> np.ndarray:
         if source.heldout_paths:
             continue
         mine = c["origin"] == origin
-        hashes = c["hashes"][mine]
-        if len(hashes) and hashes.min() < hashes.max():
-            limit = min(max(int(source.heldout_share * 2**64), int(hashes.min()) + 1), int(hashes.max()))
-            heldout[mine] = hashes < np.uint64(limit)
+        heldout[mine] = held_out(c["hashes"][mine], source.heldout_share)
     if not heldout.any():
         raise DataError(
             f"every source of corpus {data.name!r} is a single document, which cannot be split; name others in "

@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nsa_train.config.schema import DataConfig, SourceConfig
 from nsa_train.data.files import Document, file_documents, input_files, record_document
+from nsa_train.data.heldout import hash_of, held_out
 from nsa_train.data.ledger import Ledger
-from nsa_train.data.recall import read_recall
+from nsa_train.data.recall import Haystack, read_recall
 from nsa_train.data.trees import tar_documents, tree_documents, tree_files
 from nsa_train.errors import DataError
 
@@ -43,12 +46,38 @@ def candidates(data: DataConfig, ledger: Ledger) -> Iterator[Candidate]:
             paths = source.heldout_paths if heldout else source.paths
             if heldout and not paths:
                 continue
-            read = file_documents if heldout and source.kind == "stdlib" else READERS[source.kind]
-            for document in read(source, paths, ledger):
+            if source.kind == "recall":
+                documents = read_recall(source, paths, _haystack(data, name, source))
+            else:
+                read = file_documents if heldout and source.kind == "stdlib" else READERS[source.kind]
+                documents = read(source, paths, ledger)
+            for document in documents:
                 if _passes(document, source, ledger):
                     named = {"source": name} if data.sources else {}
                     licence = document.licence or source.licence
                     yield Candidate(dataclasses.replace(document, licence=licence, **named), origin, heldout)
+
+
+def _haystack(data: DataConfig, name: str, recall: SourceConfig) -> Haystack:
+    """Training documents of the sources that `recall` names. Raises DataError where it names none that has text."""
+    there = {other: source for other, source in data.sources.items() if source.kind != "recall"}
+    texts: list[str] = []
+    for other in recall.haystack:
+        if other not in there:
+            raise DataError(f"data.sources.{name}.haystack names {other}, which is none of {', '.join(there)}")
+        source, ledger = there[other], Ledger(data.on_error)
+        documents = READERS[source.kind](source, source.paths, ledger)
+        found = [document.text for document in documents if _passes(document, source, ledger)]
+        if not source.heldout_paths:
+            hashes = np.array([hash_of(text.encode()) for text in found], np.uint64)
+            found = [text for text, held in zip(found, held_out(hashes, source.heldout_share), strict=True) if not held]
+        texts += found
+    if not texts:
+        raise DataError(
+            f"data source {name}: kind=recall hides facts in the text of others; name some of data.sources in its "
+            "haystack"
+        )
+    return Haystack(texts)
 
 
 def input_stats(data: DataConfig) -> list[tuple[str, int, int]]:
@@ -137,5 +166,4 @@ READERS: dict[str, Callable[[SourceConfig, Sequence[str], Ledger], Iterator[Docu
     "tree": tree_documents,
     "tar": tar_documents,
     "hub": _hub,
-    "recall": read_recall,
 }

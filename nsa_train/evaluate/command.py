@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nsa_train import runtime
 from nsa_train.bench import results
 from nsa_train.bench.figures import plot_grids
@@ -20,7 +22,7 @@ from nsa_train.bench.trained import BLOCKS_FILE, TrainedBlocks
 from nsa_train.config.schema import AttentionConfig, Config
 from nsa_train.data.loader import Loader
 from nsa_train.data.prepare import prepare
-from nsa_train.data.recall import WORDS
+from nsa_train.data.recall import WORDS, Haystack
 from nsa_train.data.stages import Stage, stages_of
 from nsa_train.data.store import TokenStore
 from nsa_train.data.tokenizer import MODEL_FILE, Tokenizer
@@ -37,6 +39,7 @@ from nsa_train.train.folder import read_config
 
 HELDOUT, BLOCKS, MAPS = "heldout", "blocks", "maps"
 TASKS = (*KINDS, HELDOUT, BLOCKS, MAPS)
+HAYSTACK_DOCUMENTS = 32  # of max_seq_len tokens, or as many tokens of shorter ones
 
 
 @dataclass(frozen=True)
@@ -198,16 +201,28 @@ def _grid(
     """Rows of cells, and a summary of each length."""
     name = options.name_of(task)
     batch_tokens, trained = config.trainer.micro_rows * config.trainer.seq_len, model.rope_factor
-    settings = {"depths": options.depths, "samples": options.samples}
+    store = _store(config)
+    haystack = _haystack(store, tokenizer, config)
+    settings = {"depths": options.depths, "samples": options.samples, "corpus_hash": store.hash}
     for length in lengths:
         factor = _stretch(model, config, length, trained)
-        documents = make_documents(task, tokenizer, length, options.depths, options.samples, options.words)
+        documents = make_documents(task, tokenizer, haystack, length, options.depths, options.samples, options.words)
         found = list(answers(model, documents, config.attention, batch_tokens))
         yield from ({"what": "cell", "task": name, **cell} for cell in cells(found, length, options.depths))
         whole = summary(found, length)
         facts = {"arm": config.arm, "settings": settings, "rope_factor": factor}
         yield {"what": "summary", "task": name, **facts, **whole}
         runtime.log.info("%s", _line(name, whole))
+
+
+def _haystack(store: TokenStore, tokenizer: Tokenizer, config: Config) -> Haystack:
+    """Held-out text to hide facts in: of the longest documents that are not made up themselves."""
+    made_up = [name for name, source in config.data.named_sources.items() if source.kind == "recall"]
+    real = np.flatnonzero(~np.isin(np.array(store.manifest["sources"])[store.sources], made_up))
+    most = config.model.max_seq_len
+    chosen = real[longest_documents(store.lengths[real], most, HAYSTACK_DOCUMENTS * most)]
+    bounds = zip(store.offsets[chosen].tolist(), store.offsets[chosen + 1].tolist(), strict=True)
+    return Haystack(tokenizer.decode(store.tokens[start : min(end, start + most)]) for start, end in bounds)
 
 
 def _line(task: str, row: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from nsa_train import runtime
 from nsa_train.config.schema import AttentionConfig
-from nsa_train.data.recall import WORDS, Quiz, make_quiz
+from nsa_train.data.recall import WORDS, Haystack, Quiz, make_quiz
 from nsa_train.data.tokenizer import Tokenizer
 from nsa_train.errors import ConfigError
 
@@ -55,8 +55,9 @@ class Document:
 
 
 def make_documents(
-    task: str, tokenizer: Tokenizer, length: int, depths: int, samples: int, words: str = HELDOUT_WORDS
-) -> Iterator[Document]:
+    task: str, tokenizer: Tokenizer, haystack: Haystack, length: int, depths: int, samples: int,
+    words: str = HELDOUT_WORDS,
+) -> Iterator[Document]:  # fmt: skip
     """Documents of nearly but at most `length` tokens, of the words of a split; the same arguments give the same ones.
 
     `samples` of each of `depths` depths; of mqar `samples` in all, whose questions ask at every depth.
@@ -67,7 +68,7 @@ def make_documents(
             size = round(length * chars_per_token)
             while True:
                 draw = random.Random(runtime.seed_of("eval", task, length, depth, sample))
-                quiz = make_quiz(KINDS[task], draw, WORDS[words], size, depth / max(1, depths - 1))
+                quiz = make_quiz(KINDS[task], draw, WORDS[words], haystack, size, depth / max(1, depths - 1))
                 found = _document(quiz, tokenizer, depths, None if everywhere else depth)
                 if len(found.tokens) <= length:
                     break
@@ -75,7 +76,7 @@ def make_documents(
                     needed = len(found.tokens)
                     raise ConfigError(f"lengths: task={task} needs {needed} tokens, {length} are too few")
                 chars_per_token *= SHRINK * length / len(found.tokens)
-                size = min(size - 1, round(length * chars_per_token))
+                size = max(0, min(size - 1, round(length * chars_per_token)))
             yield found
 
 

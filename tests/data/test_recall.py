@@ -1,29 +1,35 @@
-"""Claims about the synthetic recall documents: solvable from their text, seeded, nothing shared between the splits."""
+"""Claims about the recall documents: solvable from their text, seeded, nothing shared between the splits."""
 
+import json
+import random
 import re
 from collections import Counter
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from nsa_train.config.load import load_config
 from nsa_train.data import recall
 from nsa_train.data.prepare import _key, prepare
-from nsa_train.data.recall import ADJECTIVES, FACT_WEIGHT, FILLER, KINDS, NOUNS, WORDS, answers, recall_documents
+from nsa_train.data.recall import FACT_WEIGHT, KINDS, LONGEST_LINE, WORDS, Haystack, answers, recall_documents
+from nsa_train.data.selection import documents
 from nsa_train.data.store import TokenStore
 from nsa_train.data.tokenizer import Tokenizer, train_tokenizer
 from nsa_train.errors import ConfigError, DataError
 
 SPLITS = tuple(WORDS)
+TEXT = "\n".join(f"    line {i} of {i % 7} others = {'some ' * (i % 9)}text" for i in range(4000))
+HAYSTACK = Haystack([TEXT])
 
 
 def made(split, documents=80, least=800, most=20_000):
-    return list(recall_documents(split, documents, least, most))
+    return list(recall_documents(split, HAYSTACK, documents, least, most))
 
 
 def told(text, words):
     """What the document says before its questions: values of keys, and variables that are another's."""
-    holes = {"{key}": r"(?P<key>[a-z]+)", "{value}": "(?P<value>[a-z]+ [a-z]+)", "{other}": "(?P<other>[a-z]+)"}
+    holes = {"{key}": r"(?P<key>[A-Z_]+)", "{value}": "(?P<value>[0-9]+)", "{other}": "(?P<other>[A-Z_]+)"}
     facts, copies, order = {}, {}, []
     for line in text.split("\n"):
         for template in (words.needle, words.assign, words.copy):
@@ -78,7 +84,7 @@ def test_a_question_repeats_the_words_before_the_value(split):
         lines = document.text.rstrip("\n").split("\n")
         asked = lines[-len(answers(document.text, words)) :]
         for line in asked:
-            key = line.split(" ")[-3]
+            key = line.split(" ")[-2]
             if document.source == "recall-tracing":
                 assert any(f" {key} " in told for told in lines[: -len(asked)])
             else:
@@ -95,30 +101,48 @@ def test_the_splits_share_no_key_and_no_template():
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_values_are_of_all_words_of_both_lists_alike(split):
+def test_values_are_all_numbers_of_five_digits_alike(split):
     values = [value for d in made(split, 400) for value in told(d.text, WORDS[split])[0].values()]
-    assert len(set(values)) > 0.9 * 64 * 64
-    for place, words in enumerate((ADJECTIVES, NOUNS)):
-        counts = Counter(value.split()[place] for value in values)
-        assert set(counts) == set(words)
-        assert 0.8 * max(counts.values()) < len(values) / 64 < 1.25 * min(counts.values())
+    assert len(values) > 5000
+    assert all(len(value) == 5 for value in values)
+    assert len(set(values)) > 0.9 * len(values)
+    for place, least in enumerate((1, 0, 0, 0, 0)):
+        counts = Counter(value[place] for value in values)
+        assert len(counts) == 10 - least
+        assert max(counts.values()) < 1.25 * min(counts.values())
 
 
-def test_no_word_of_values_stands_anywhere_else():
-    shapes = " ".join(shape for words in WORDS.values() for shape in words).split()
-    assert len({*ADJECTIVES, *NOUNS}) == len(ADJECTIVES) + len(NOUNS) == 128
-    assert not {*ADJECTIVES, *NOUNS} & {*FILLER, *shapes}
+def test_a_haystack_gives_lines_that_follow_each_other_from_a_random_one_on():
+    lines = TEXT.split("\n")
+    draw = random.Random(0)
+    starts = set()
+    for _ in range(50):
+        found = HAYSTACK.lines(draw, 3000)
+        assert 3000 - LONGEST_LINE < sum(len(line) + 1 for line in found) <= 3000
+        at = lines.index(found[0])
+        starts.add(at)
+        assert found == (lines + lines)[at : at + len(found)]
+    assert len(starts) > 45
+    assert Haystack(["a b"]).lines(draw, 9) == ["a b", "a b"]
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_the_token_before_an_answer_tells_it(split):
-    """A model that looks where the last token stood before finds the fact, most often: few keys share a last piece."""
-    tokenizer = train_tokenizer((d.text for d in made("train")), 2000, "bpe", 1, 0)
-    assert all(len(tokenizer.encode(f" {word}")) == 1 for word in ADJECTIVES + NOUNS)
-    facts = [told(d.text, WORDS[split])[0] for d in made(split) if d.source == "recall-multikey"]
-    pieces = [[int(tokenizer.encode(f" {key}")[-1]) for key in document] for document in facts]
-    shared = [sum(found.count(piece) - 1 for piece in found) / len(found) ** 2 for found in pieces]
-    assert sum(shared) / len(shared) < 1 / 50
+def test_long_lines_of_a_haystack_are_cut():
+    found = Haystack(["x" * 450]).lines(random.Random(0), 500)
+    assert sorted(map(len, found)) == [50, 200, 200]
+
+
+def test_a_haystack_without_text_is_refused():
+    with pytest.raises(DataError, match="a haystack without text"):
+        Haystack(["", "\n"])
+
+
+def test_needles_stand_in_a_haystack_of_most_of_the_document():
+    lines = set(TEXT.split("\n"))
+    for document in (d for d in made("train") if d.source == "recall-needle"):
+        found = document.text.rstrip("\n").split("\n")
+        needles = 2 * len(answers(document.text, WORDS["train"]))  # told and asked for
+        assert sum(line in lines for line in found) == len(found) - needles
+        assert sum(len(line) + 1 for line in found if line in lines) > 0.5 * len(document.text)
 
 
 def test_documents_of_one_size_have_about_as_many_tokens_whatever_their_kind():
@@ -157,14 +181,15 @@ def test_needles_lie_at_all_depths():
     assert min(tenths) >= 0.1 * len(depths)
 
 
-def test_filler_says_nothing_that_a_question_could_ask_for():
-    assert not [word for word in FILLER if re.fullmatch(r"([bcdfghjklmnpqrstvwxz][aeiou]){3}", word)]
-
-
 def recall_corpus(tmp_path, *words):
+    """Facts in the training documents of a source, every line of which tells its document."""
+    texts = [{"text": "".join(f"    document {i} says {line}\n" for line in range(40))} for i in range(60)]
+    (tmp_path / "text.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in texts))
     return load_config([
-        "data.kind=recall", "data.paths=[train]", "data.heldout_paths=[heldout]", "data.take=40", "data.min_chars=300",
-        "data.max_chars=3000", "model.vocab=400", f"data.prepared_dir={tmp_path}", "data.workers=1", *words,
+        "data.sources.text={kind: files, paths: [text.jsonl], heldout_share: 0.3}", f"data.root={tmp_path}",
+        "data.sources.recall={kind: recall, paths: [train], heldout_paths: [heldout], take: 40, min_chars: 300}",
+        "data.sources.recall.max_chars=3000", "data.sources.recall.haystack=[text]", "model.vocab=400",
+        f"data.prepared_dir={tmp_path}", "data.workers=1", *words,
     ])  # fmt: skip
 
 
@@ -174,25 +199,51 @@ def test_as_a_source_each_split_has_the_words_of_its_own(tmp_path):
     for split in SPLITS:
         store = TokenStore.open(folder, split)
         tokenizer = Tokenizer.load(store.tokenizer)
-        bounds = pairwise(store.offsets.tolist())
-        texts = [tokenizer.decode(store.tokens[a:b]) for a, b in bounds]
+        bounds = np.stack([store.offsets[:-1], store.offsets[1:]], 1)
+        mine = bounds[store.sources == store.manifest["sources"].index("recall")].tolist()
+        texts = [tokenizer.decode(store.tokens[start:end]) for start, end in mine]
         assert len(texts) == 40
         assert all(answers(text, WORDS[split]) for text in texts)
         assert all(300 <= len(text) <= 3000 for text in texts)
 
 
-def test_a_source_without_sizes_or_of_unknown_words_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"data\.kind=recall needs take \(documents\), min_chars and max_chars"):
-        recall_corpus(tmp_path, "data.max_chars=null")
-    config = recall_corpus(tmp_path, "data.paths=[test]")
-    with pytest.raises(DataError, match=r"kind=recall: paths=\['test'\] must be train or heldout"):
+def test_no_text_that_is_held_out_gets_into_a_haystack(tmp_path):
+    data = recall_corpus(tmp_path).data
+    lines = {split: [set(d.text.split("\n")) for d in documents(data, split) if d.source == "text"] for split in SPLITS}
+    assert all(len(found) > 10 for found in lines.values())
+    hidden = [set(d.text.split("\n")) for split in SPLITS for d in documents(data, split) if d.source == "recall"]
+    seen = set().union(*hidden) - {""}
+    assert sum(bool(seen & document) for document in lines["train"]) > 20
+    assert not any(seen & document - {""} for document in lines["heldout"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.sources.recall.haystack=[]"], "data source recall: kind=recall hides facts in the text of others"),
+        (
+            ["data.sources.recall.haystack=[text,more]"],
+            "data.sources.recall.haystack names more, which is none of text",
+        ),
+        (["data.sources.recall.haystack=[recall]"], "data.sources.recall.haystack names recall, which is none of text"),
+        (["data.sources.recall.paths=[test]"], r"kind=recall: paths=\['test'\] must be train or heldout"),
+    ],
+)
+def test_a_haystack_without_sources_and_unknown_words_are_refused(tmp_path, words, message):
+    config = recall_corpus(tmp_path, *words)
+    with pytest.raises(DataError, match=message):
         prepare(config.data, config.model.vocab, lambda line: None)
+
+
+def test_a_source_without_sizes_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"kind=recall needs take \(documents\), min_chars and max_chars"):
+        recall_corpus(tmp_path, "data.sources.recall.max_chars=null")
 
 
 def test_a_corpus_of_other_documents_gets_another_folder(monkeypatch):
     with_recall, without = (load_config([f"data={name}"]).data for name in ("stdlib_recall", "stdlib"))
     before = [_key(data, 1024) for data in (with_recall, without)]
-    monkeypatch.setattr(recall, "FILLER", [*recall.FILLER, "another"])
+    monkeypatch.setattr(recall, "VOWELS", "AEIO")
     after = [_key(data, 1024) for data in (with_recall, without)]
     assert after[0] != before[0]
     assert after[1] == before[1]
