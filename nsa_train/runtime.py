@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("nsa_train")
+RUNS_A_DEVICE = "NSA_TRAIN_RUNS_A_DEVICE"  # set by who starts several runs on one device at once
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
 
 
@@ -30,6 +31,11 @@ def local_rank() -> int:
 
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def runs_a_device() -> int:
+    """How many runs share this one's device, itself included, as far as it was told."""
+    return int(os.environ.get(RUNS_A_DEVICE, "1"))
 
 
 def launch_alone() -> None:

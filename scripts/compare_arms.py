@@ -1,4 +1,4 @@
-"""Train arms of a comparison, one run a GPU at a time (on a CPU one after another), and set them side by side.
+"""Train arms of a comparison, one run a GPU at a time or --per-gpu so many, and set them side by side.
 
 python scripts/compare_arms.py sweep --arms full nsa --lrs 2e-3 4e-3 8e-3 --set experiment=r1 seed=100 trainer.steps=763
 python scripts/compare_arms.py run --arms full nsa --seeds 0 1 2 --rates runs/r1-lr.json --set experiment=r1
@@ -139,12 +139,16 @@ class Running(NamedTuple):
 
 
 class Queue:
-    """Trains jobs on the devices of this machine until none is left, a signal says stop, or `seconds` have passed."""
+    """Trains jobs on the devices of this machine until none is left, a signal says stop, or `seconds` have passed.
 
-    def __init__(self, seconds: float) -> None:
+    A device takes `share` runs at once.
+    """
+
+    def __init__(self, seconds: float, share: int = 1) -> None:
         self.end = time.monotonic() + seconds
-        self.devices = _devices()
-        self.running: dict[str | None, Running] = {}
+        self.share = share
+        self.devices = _devices() * share
+        self.running: dict[int, Running] = {}  # by their place in `devices`
         self.waiting: list[Job] = []
         self.took: dict[str, list[float]] = {"train": [], "eval": []}  # seconds of what succeeded
         self.stopped = False
@@ -167,9 +171,9 @@ class Queue:
             if code and not self.stopped:
                 raise NsaTrainError(f"the corpus could not be prepared (exit code {code}), see above")
         while self.running or (self.waiting and not self.stopped):
-            for device in self.devices:
-                if self.waiting and device not in self.running and self._may_start(self.waiting[0].command()[0]):
-                    self.running[device] = self._start(self.waiting.pop(0), device)
+            for place, device in enumerate(self.devices):
+                if self.waiting and place not in self.running and self._may_start(self.waiting[0].command()[0]):
+                    self.running[place] = self._start(self.waiting.pop(0), device)
             if not self.stopped and (time.monotonic() > self.end or not self.running):  # not: none fits any more
                 self._stop()
             self._collect()
@@ -183,17 +187,20 @@ class Queue:
         return not self.stopped and time.monotonic() + expected < self.end
 
     def _start(self, job: Job, device: str | None) -> Running:
-        place, words = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}, job.command()
+        place = {runtime.RUNS_A_DEVICE: str(self.share)}
+        if device is not None:
+            place["CUDA_VISIBLE_DEVICES"] = device
+        words = job.command()
         print(f"{job.config.name}: {words[0]}" + (f" on GPU {device}" if device is not None else ""), flush=True)
         log = job.log.open("ab")
         process = subprocess.Popen([*PROGRAM, *words], stdout=log, stderr=log, env=os.environ | place)
         return Running(job, words[0], process, log, time.monotonic())
 
     def _collect(self) -> None:
-        for device, (job, word, process, log, began) in list(self.running.items()):
+        for place, (job, word, process, log, began) in list(self.running.items()):
             if process.poll() is not None:
                 log.close()
-                del self.running[device]
+                del self.running[place]
                 said = f"held-out loss {job.summary['val_loss_last']}" if not process.returncode else f"see {job.log}"
                 print(f"{job.config.name}: exit code {process.returncode}, {said}", flush=True)
                 job.keep()
@@ -311,6 +318,8 @@ def main() -> int:
         command.add_argument("--arms", nargs="+", required=True, metavar="ARM", help="options of configs/attention")
         command.add_argument("--set", nargs="+", default=[], metavar="key=value", help="for all runs")
         about = "stop after so long, as by SIGTERM; what would commonly take longer than is left is not begun"
+        about = "runs that a GPU (or this CPU) trains at once; under NVIDIA's MPS small models then use more of it"
+        command.add_argument("--per-gpu", type=int, default=1, metavar="N", help=about)
         command.add_argument("--until", type=float, default=math.inf, metavar="SECONDS", help=about)
     swept, trained = commands.choices["sweep"], commands.choices["run"]
     swept.add_argument("--lrs", nargs="+", type=float, required=True, metavar="LR")
@@ -330,7 +339,9 @@ def main() -> int:
     args = parser.parse_args()
     runtime.setup_console()
     try:
-        queue = Queue(args.until)
+        if args.per_gpu < 1:
+            raise NsaTrainError(f"--per-gpu {args.per_gpu} must be 1 or more")
+        queue = Queue(args.until, args.per_gpu)
         return sweep(queue, args.arms, args.lrs, args.set) if args.command == "sweep" else run(queue, args)
     except NsaTrainError as error:
         print(f"error: {error}" if error.exit_code != 75 else str(error), file=sys.stderr)

@@ -23,7 +23,7 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
     margin = 0.05 * (max(late) - min(late)) + 0.01
     figure, axes = plt.subplots(2, 3, figsize=(16, 9), dpi=100)
     for place, (key, label) in zip(axes[0], AXES, strict=True):
-        for run in runs:
+        for run in (run for run in runs if key != "seconds" or run["runs_a_device"] == 1):
             first = run["seed"] == min(r["seed"] for r in runs if r["arm"] == run["arm"])
             points = [(point[key], point["loss"]) for point in run["val"]]
             place.plot(*zip(*points, strict=True), color=colour[run["arm"]], lw=1, label=run["arm"] if first else None)  # type: ignore[arg-type]
@@ -66,5 +66,5 @@ SHOWN_FROM = 0.1  # of the tokens: what comes before would flatten the rest
 AXES = (
     ("tokens", "tokens"),
     ("flops", "executed FLOPs, a row counted as one document"),
-    ("seconds", "seconds of training, validation and checkpoints aside"),
+    ("seconds", "seconds of training alone on the device, validation and checkpoints aside"),
 )

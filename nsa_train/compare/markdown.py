@@ -224,7 +224,8 @@ def _arms(arms: list[Row]) -> Iterator[str]:
         (f"`{r['arm']}`", len(r["seeds"]), f"{r['lr']:.2e}", f"{r['params_active']:,}",
          f"{r['flops_per_token'] / 1e9:.4g}",
          _spread(r["text_loss"], "mean"), _spread(r["text_loss"], "sd"), _spread(r["loss"], "mean"),
-         _spread(r["mixture_loss"], "mean"), f"{r['tokens_per_s']:,.0f}", f"{r['peak_gib']:.2f}")
+         _spread(r["mixture_loss"], "mean"), f"{r['tokens_per_s']:,.0f}" if r["tokens_per_s"] else "-",
+         f"{r['peak_gib']:.2f}")
         for r in arms
     ))  # fmt: skip
     yield ""
@@ -302,7 +303,8 @@ def _runs(runs: list[Row]) -> Iterator[str]:
         (r["name"], r["arm"], r["seed"], f"{r['lr']:.2e}",
          *(_number(r[key]) for key in ("text_loss", "loss", "mixture_loss")),
          "not reached" if r["tokens_to_baselines_loss"] is None else f"{r['tokens_to_baselines_loss']:,.0f}",
-         f"{r['seconds']:,.0f} s", f"{r['tokens_per_s']:,.0f}", "replayed" if r["cuda_graphs"] else "-",
+         *(("shared",) * 2 if r["runs_a_device"] > 1 else (f"{r['seconds']:,.0f} s", f"{r['tokens_per_s']:,.0f}")),
+         "replayed" if r["cuda_graphs"] else "-",
          r["skipped_steps"], r["device"],
          _commit(r["commit"]))
         for r in runs
@@ -315,6 +317,8 @@ def _doubts(runs: list[Row]) -> Iterator[str]:
     """What keeps no runs from being compared, but should be known when they are."""
     if len({run["cuda_graphs"] for run in runs}) > 1:
         yield "Not all runs replayed CUDA graphs: seconds and tokens/s differ by that, too."
+    if shared := [run["name"] for run in runs if run["runs_a_device"] > 1]:
+        yield f"Beside other runs on one device, so that their seconds tell nothing: {', '.join(shared)}."
     of_seed = {seed: {run["commit"] for run in runs if run["seed"] == seed} for seed in {run["seed"] for run in runs}}
     if mixed := [str(seed) for seed, commits in sorted(of_seed.items()) if len(commits) > 1]:
         yield f"**Runs of one seed come from different sources**: of {', '.join(mixed)}."

@@ -73,7 +73,7 @@ def _run_row(run: Run, arms: Arms) -> dict[str, Any]:
         "tokens_per_s": run.tokens_per_s, "peak_gib": max(row["mem_gib"] for row in trained),
         "seconds": run.seconds(run.summary["tokens"]), "flops": run.flops(run.summary["tokens"]),
         "skipped_steps": run.summary["skipped_steps"], "device": run.manifest["device"], "cuda_graphs": run.in_graphs,
-        "world_size": run.manifest["world_size"], "commit": run.manifest["commit"],
+        "world_size": run.manifest["world_size"], "runs_a_device": run.runs_a_device, "commit": run.manifest["commit"],
         "versions": run.manifest["versions"], "tokens_to_baselines_loss": _tokens_to(run, partner.curve[-1][1]),
         "val": [
             {"tokens": tokens, "flops": run.flops(tokens), "seconds": run.seconds(tokens), "loss": loss}
@@ -149,7 +149,7 @@ def _arm_row(runs: Sequence[Run]) -> dict[str, Any]:
         "loss": spread([run.loss for run in runs]),
         "text_loss": spread([one[TEXT] for one in cuts]) if TEXT in common else None,
         "mixture_loss": spread([one[MIXTURE] for one in cuts]) if MIXTURE in common else None,
-        "tokens_per_s": mean(run.tokens_per_s for run in runs),
+        "tokens_per_s": mean(speeds) if (speeds := [r.tokens_per_s for r in runs if r.runs_a_device == 1]) else None,
         "peak_gib": max(row["mem_gib"] for run in runs for row in run.of("train")),
         "cuts": {cut: mean(one[cut] for one in cuts) for cut in common if cut != WHOLE},
         "layers": list(_layers(runs)),

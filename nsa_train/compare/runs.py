@@ -142,6 +142,11 @@ class Run:
         return self.config.in_graphs and self.manifest["device"] != "CPU"
 
     @property
+    def runs_a_device(self) -> int:
+        """How many runs shared the device, this one included: where it was not alone its seconds say nothing."""
+        return self.manifest.get("runs_a_device", 1)
+
+    @property
     def tokens_per_s(self) -> float:
         """Median over the logged steps."""
         return float(np.median([row["tokens_per_s"] for row in self.of("train")]))

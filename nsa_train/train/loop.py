@@ -419,7 +419,7 @@ class _Run:
             "origin": self.progress.origin,
             "commit": runtime.git_commit(), "versions": runtime.versions(),
             "device": runtime.device_name(), "world_size": self.world,
-            "wandb_id": self.wandb_id,
+            "runs_a_device": max(runtime.runs_a_device(), before.get("runs_a_device", 1)), "wandb_id": self.wandb_id,
         }  # fmt: skip
         self.folder.bind()
         self.folder.write("manifest.json", manifest)

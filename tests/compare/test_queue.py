@@ -249,3 +249,22 @@ def test_what_fits_into_the_time_left_is_begun(script):
     queue.took = {"train": [60.0], "eval": [10.0, 20.0, 90.0]}
     assert queue._may_start("eval")
     assert not queue._may_start("train")
+
+
+def test_a_device_takes_as_many_runs_at_once_as_are_asked_for_and_they_know_it(script, tmp_path, monkeypatch):
+    told = tmp_path / "told"
+    tell = f"open({str(told)!r}, 'a').write(os.environ['{script.runtime.RUNS_A_DEVICE}'])"
+    wait = f"import os, time; {tell}; time.sleep(100)"
+    monkeypatch.setattr(script, "PROGRAM", (sys.executable, "-c", wait))
+    job = SimpleNamespace(
+        config=SimpleNamespace(name="one"), log=tmp_path / "log", command=lambda: ["eval"], keep=lambda: None
+    )
+    queue = script.Queue(3.0, share=2)
+    with pytest.raises(Interrupted):
+        queue.train([job] * 3)
+    assert told.read_text() == "22"
+
+
+def test_less_than_one_run_a_device_is_refused():
+    done = start("sweep", "--arms", "nsa", "--lrs", "1e-3", "--per-gpu", "0")
+    assert (done.returncode, done.stderr) == (2, "error: --per-gpu 0 must be 1 or more\n")

@@ -394,6 +394,24 @@ def test_the_runs_table_tells_of_graphs_and_of_sources(tmp_path):
     assert "**Trained from source with changes that no commit has**: nsa-1.\n" in said
 
 
+def test_runs_that_shared_a_device_tell_no_speed(tmp_path):
+    runs = [make_run(tmp_path, arm, seed, manifest={"runs_a_device": 1 + seed})
+            for arm in ("full", "nsa") for seed in (0, 1)]  # fmt: skip
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    said = (tmp_path / "out" / "comparison_tiny.md").read_text()
+    rows = json.loads((tmp_path / "out" / "comparison_tiny.json").read_text())["rows"]
+    assert [row["runs_a_device"] for row in rows if row["what"] == "run"] == [1, 2] * 2
+    alone = {row["arm"]: row["tokens_per_s"] for row in rows if row["what"] == "run" and row["seed"] == 0}
+    assert {row["arm"]: row["tokens_per_s"] for row in rows if row["what"] == "arm"} == alone
+    assert "so that their seconds tell nothing: full-1, nsa-1.\n" in said
+    assert said.count("| shared | shared |") == 2
+    make_run(tmp_path, "full", manifest={"runs_a_device": 2})
+    make_run(tmp_path, "nsa", manifest={"runs_a_device": 2})
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    rows = json.loads((tmp_path / "out" / "comparison_tiny.json").read_text())["rows"]
+    assert {row["tokens_per_s"] for row in rows if row["what"] == "arm"} == {None}
+
+
 def test_without_full_the_first_arm_is_the_baseline(tmp_path):
     runs = [make_run(tmp_path, arm) for arm in ("window", "nsa_no_win")]
     assert Arms.read(runs).pairs == [("nsa_no_win", "window")]
