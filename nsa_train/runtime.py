@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import nsa_train
+from nsa_train.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +35,11 @@ def world_size() -> int:
 
 
 def runs_a_device() -> int:
-    """How many runs share this one's device, itself included, as far as it was told."""
-    return int(os.environ.get(RUNS_A_DEVICE, "1"))
+    """How many runs share this one's device, itself included, as far as it was told. Raises ConfigError."""
+    told = os.environ.get(RUNS_A_DEVICE, "1")
+    if not told.isdecimal() or int(told) < 1:
+        raise ConfigError(f"{RUNS_A_DEVICE}={told} in the environment must be a number from 1 on")
+    return int(told)
 
 
 def launch_alone() -> None:

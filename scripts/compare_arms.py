@@ -87,7 +87,7 @@ class Job:
         """Whether a task has its answers, of quizzes and `heldout` at every length that is asked for."""
         if not file.exists() or file.stem in (BLOCKS, MAPS):
             return file.exists()
-        there = {row.get("length") for row in answers_there(file) if "settings" in row}
+        there = {row.get("length") for row in answers_there(file) if "corpus_hash" in row.get("settings", ())}
         return there >= {*Options.parse([f"task={file.stem}", *self.lengths]).lengths}
 
     def keep(self) -> None:
@@ -159,6 +159,9 @@ class Queue:
     def train(self, jobs: list[Job]) -> None:
         """Raises Interrupted when stopped. A run that fails is named, and does not keep the others from running."""
         self.waiting = [job for job in jobs if job.command()]
+        gpus = len(self.devices) // self.share
+        self.share = max(1, min(self.share, math.ceil(len(self.waiting) / gpus)))
+        self.devices = self.devices[: self.share * gpus]
         for job in jobs:
             job.keep()
         print(
@@ -317,9 +320,9 @@ def main() -> int:
         command = commands.add_parser(name, help=about)
         command.add_argument("--arms", nargs="+", required=True, metavar="ARM", help="options of configs/attention")
         command.add_argument("--set", nargs="+", default=[], metavar="key=value", help="for all runs")
-        about = "stop after so long, as by SIGTERM; what would commonly take longer than is left is not begun"
         about = "runs that a GPU (or this CPU) trains at once; under NVIDIA's MPS small models then use more of it"
         command.add_argument("--per-gpu", type=int, default=1, metavar="N", help=about)
+        about = "stop after so long, as by SIGTERM; what would commonly take longer than is left is not begun"
         command.add_argument("--until", type=float, default=math.inf, metavar="SECONDS", help=about)
     swept, trained = commands.choices["sweep"], commands.choices["run"]
     swept.add_argument("--lrs", nargs="+", type=float, required=True, metavar="LR")

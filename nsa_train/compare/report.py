@@ -13,6 +13,7 @@ from nsa_train.compare.cuts import MIXTURE, TEXT, WHOLE, cuts_of, losses_of, pai
 from nsa_train.compare.levels import levels, reached, secondary
 from nsa_train.compare.runs import ARM_KEYS, Arms, Run
 from nsa_train.compare.statistics import spread
+from nsa_train.train.answers import settings_of
 
 # What a row of `nsa-train eval` is called in the report, and what the report takes from it.
 EVALUATED = {
@@ -39,7 +40,7 @@ def rows_of(arms: Arms, gates: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
         *({**gate, "what": "gate"} for gate in gates),
         *(_arm_row(runs) for runs in arms.runs.values()),
         *(_run_row(run, arms) for run in arms.all),
-        *(_eval_row(run, row) for run in arms.all for row in run.evaluations if _of_today(row)),
+        *(_eval_row(run, row) for run in arms.all for row in _answers(run) if row["what"] in EVALUATED),
         *({"what": "difference", **dataclasses.asdict(d)} for d in differences),
         *(_lead_row(run, arms) for run in arms.all if run.arm != arms.baseline),
         *({"what": "secondary", **one._asdict()} for one in secondary(differences, arms.all[0].config.attention)),
@@ -82,9 +83,14 @@ def _run_row(run: Run, arms: Arms) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _of_today(row: dict[str, Any]) -> bool:
-    """Whether the report has a row of `nsa-train eval`: no `heldout` from before its lengths had the same labels."""
-    return row["what"] in EVALUATED and not (row.get("task") == "heldout" and "settings" not in row)
+def _answers(run: Run) -> list[dict[str, Any]]:
+    """Rows of `nsa-train eval`, without those of before they named the corpus: quizzes had another form then, and
+    `heldout` other labels at every length."""
+    settings = settings_of(run.evaluations)
+    return [
+        row for row in run.evaluations
+        if row["what"] not in ("summary", "cell") or "corpus_hash" in settings.get(row["task"], ())
+    ]  # fmt: skip
 
 
 def _eval_row(run: Run, row: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +102,7 @@ def grid_rows(arms: Arms, figures: str) -> list[dict[str, Any]]:
     """Answers of each arm by length and depth, task by task: means over its seeds, drawn in <figures>_<task>.png."""
     found: dict[tuple[str, str], dict[tuple[int, float], list[dict[str, Any]]]] = {}
     for run in arms.all:
-        for row in run.evaluations:
+        for row in _answers(run):
             if row["what"] == "cell":
                 cells = found.setdefault((row["task"], run.arm), {})
                 cells.setdefault((row["length"], row["depth"]), []).append(row)

@@ -110,7 +110,9 @@ def _key(data: DataConfig, vocab: int) -> str:
         "python": _python(data),
     }
     if any(source.kind == "recall" for source in data.named_sources.values()):  # its text is made, not read
-        made = recall_documents("train", Haystack(["its text has its own name"]), 2 * len(KINDS), 1000, 2000)
+        made = recall_documents(
+            "train", Haystack(["a haystack, of\n" * 9 + "some length " * 99]), 2 * len(KINDS), 1000, 2000
+        )
         inputs["recall"] = [document.text for document in made]
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
 

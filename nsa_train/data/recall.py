@@ -52,26 +52,34 @@ KEY, VALUE = "(?P<key>[A-Z_]+)", "(?P<value>[0-9]{5})"
 LEAST_VALUE, MOST_VALUE = 10_000, 99_999
 
 LONGEST_LINE = 200  # of a haystack; longer ones are cut
-MOST_HAYSTACK = 64_000_000  # characters that are kept in memory, the first ones
+MOST_HAYSTACK = 64_000_000  # characters that are kept in memory, the first ones, so that any source will do
+
+
+def characters(line: str) -> int:
+    """Of a line in a document."""
+    return len(line) + 1
 
 
 class Haystack:
-    """Lines of text in which facts are hidden. Raises DataError where there are none."""
+    """Lines of text to hide facts in; `measure` tells the size of one. Raises DataError where there are none."""
 
-    def __init__(self, texts: Iterable[str]) -> None:
+    def __init__(self, texts: Iterable[str], measure: Callable[[str], int] = characters) -> None:
+        self.measure = measure
         self._lines: list[str] = []
         room = MOST_HAYSTACK
         for text in texts:
-            for line in text[: max(0, room)].split("\n"):
+            for line in text[:room].split("\n"):
                 self._lines += [line[at : at + LONGEST_LINE] for at in range(0, max(1, len(line)), LONGEST_LINE)]
             room -= len(text)
+            if room <= 0:
+                break
         if not any(self._lines):
             raise DataError("a haystack without text: nothing to hide facts in")
 
     def lines(self, draw: random.Random, room: float) -> list[str]:
-        """Lines that follow each other, from a random one on, of nearly but at most `room` characters."""
+        """Lines that follow each other, from a random one on, of nearly but at most the size `room`."""
         at, found = draw.randrange(len(self._lines)), []
-        while (room := room - len(line := self._lines[at % len(self._lines)]) - 1) >= 0:
+        while (room := room - self.measure(line := self._lines[at % len(self._lines)])) >= 0:
             found.append(line)
             at += 1
         return found
@@ -241,30 +249,47 @@ class Quiz(NamedTuple):
 
 
 def make_quiz(kind: str, draw: random.Random, words: Words, haystack: Haystack, size: int, depth: float) -> Quiz:
-    """About `size` characters; the first line that tells the answer stands at `depth`, 0 to 1, of them.
+    """Nearly of `size`, as the haystack measures; the first line that tells the answer stands at `depth` of it, 0 to 1.
 
     needle    one fact in a haystack  multikey  one of 32 alike
     tracing   a variable at the end of a chain of 3 copies, among 4 chains
     mqar      facts without a haystack, all of which are asked for again; their depths are those of their lines
+
+    Facts and questions are there in full, whatever the size.
     """
     if kind == "mqar":
-        pairs = _pairs(draw, words, max(2, size // _pair_chars(words)))
-        order = draw.sample(range(len(pairs)), len(pairs))
-        return Quiz([words.needle.format(key=key, value=value) for key, value in pairs],
-                    [_query(words.needle, *pairs[i], (i,)) for i in order])  # fmt: skip
+        return _quiz_pairs(draw, words, haystack, size)
     if kind == "tracing":
         facts, other, asked = _quiz_chains(draw, words)
     else:
         pairs = _pairs(draw, words, 1 if kind == "needle" else QUIZ_NEEDLES)
         told = [words.needle.format(key=key, value=value) for key, value in pairs]
         facts, other, asked = told[:1], told[1:], (words.needle, *pairs[0])
-    filler = haystack.lines(draw, size - sum(map(len, facts)) - sum(map(len, other)) - len(asked[0]))
-    ends = list(accumulate((len(line) + 1 for line in filler), initial=0))
+    template, key, value = asked
+    spoken = [*facts, *other, template.format(key=key, value=value)]
+    filler = haystack.lines(draw, size - sum(map(haystack.measure, spoken)))
+    ends = list(accumulate(map(haystack.measure, filler), initial=0))
     first = bisect_left(ends, depth * ends[-1])
     depths = [first, *sorted(draw.randint(first, len(filler)) for _ in facts[1:])]
     chains = sorted(draw.randint(0, len(filler)) for _ in other)
     lines = _inserted(filler, [*facts, *other], [*depths, *chains])
     return Quiz(lines, [_query(*asked, tuple(lines.index(fact) for fact in facts))])
+
+
+def _quiz_pairs(draw: random.Random, words: Words, haystack: Haystack, size: int) -> Quiz:
+    """As many as fit, each told and asked for; two at least."""
+    pairs: dict[str, str] = {}
+    while True:
+        (key,) = _keys(draw, words, 1)
+        fact = words.needle.format(key=key, value=(value := _value(draw)))
+        size -= 2 * haystack.measure(fact)
+        if size < 0 and len(pairs) >= 2:
+            break
+        pairs[key] = value
+    order = draw.sample(range(len(pairs)), len(pairs))
+    told = list(pairs.items())
+    return Quiz([words.needle.format(key=key, value=value) for key, value in told],
+                [_query(words.needle, *told[i], (i,)) for i in order])  # fmt: skip
 
 
 def _quiz_chains(draw: random.Random, words: Words) -> tuple[list[str], list[str], tuple[str, str, str]]:

@@ -41,13 +41,17 @@ def candidates(data: DataConfig, ledger: Ledger) -> Iterator[Candidate]:
     The same inputs give the same order. What is empty, too short or too long is counted in `ledger` and left out.
     Raises DataError for inputs that cannot be read, unless `data.on_error` says to skip them.
     """
+    _check_haystacks(data)
+    haystacks: dict[tuple[str, ...], Haystack] = {}
     for heldout in (True, False):
         for origin, (name, source) in enumerate(data.named_sources.items()):
             paths = source.heldout_paths if heldout else source.paths
             if heldout and not paths:
                 continue
             if source.kind == "recall":
-                documents = read_recall(source, paths, _haystack(data, name, source))
+                if source.haystack not in haystacks:
+                    haystacks[source.haystack] = Haystack(_training_texts(data, source.haystack))
+                documents = read_recall(source, paths, haystacks[source.haystack])
             else:
                 read = file_documents if heldout and source.kind == "stdlib" else READERS[source.kind]
                 documents = read(source, paths, ledger)
@@ -58,26 +62,46 @@ def candidates(data: DataConfig, ledger: Ledger) -> Iterator[Candidate]:
                     yield Candidate(dataclasses.replace(document, licence=licence, **named), origin, heldout)
 
 
-def _haystack(data: DataConfig, name: str, recall: SourceConfig) -> Haystack:
-    """Training documents of the sources that `recall` names. Raises DataError where it names none that has text."""
-    there = {other: source for other, source in data.sources.items() if source.kind != "recall"}
-    texts: list[str] = []
-    for other in recall.haystack:
-        if other not in there:
-            raise DataError(f"data.sources.{name}.haystack names {other}, which is none of {', '.join(there)}")
-        source, ledger = there[other], Ledger(data.on_error)
-        documents = READERS[source.kind](source, source.paths, ledger)
-        found = [document.text for document in documents if _passes(document, source, ledger)]
+def _check_haystacks(data: DataConfig) -> None:
+    """Raises DataError where a source of recall documents does not name other sources, with all that is wrong."""
+    there, wrong = [name for name, source in data.sources.items() if source.kind != "recall"], []
+    for name, source in data.named_sources.items():
+        if source.kind == "recall" and not source.haystack:
+            wrong.append(f"{name}: kind=recall hides facts in the text of other sources; name some in its haystack")
+        unknown = [other for other in source.haystack if other not in there]
+        if source.kind == "recall" and unknown:
+            wrong.append(
+                f"{name}: haystack names {', '.join(unknown)}, but other sources are {', '.join(there) or 'none'}"
+            )
+    if wrong:
+        raise DataError("data.sources:\n" + "\n".join(f"  {line}" for line in wrong))
+
+
+def _training_texts(data: DataConfig, names: Sequence[str]) -> Iterator[str]:
+    """Of the sources' documents that are not held out, nor are copies of what stands in a file of `heldout_paths`.
+
+    Reads each source twice: by its hashes it is split.
+    """
+    declared = {
+        hash_of(document.text.encode())
+        for source in data.sources.values() if source.kind != "recall" and source.heldout_paths
+        for document in _documents(source, source.heldout_paths, data)
+    }  # fmt: skip
+    for source in (data.sources[name] for name in names):
+        hashes = [hash_of(document.text.encode()) for document in _documents(source, source.paths, data)]
+        held = np.isin(np.array(hashes, np.uint64), np.array(sorted(declared), np.uint64))
         if not source.heldout_paths:
-            hashes = np.array([hash_of(text.encode()) for text in found], np.uint64)
-            found = [text for text, held in zip(found, held_out(hashes, source.heldout_share), strict=True) if not held]
-        texts += found
-    if not texts:
-        raise DataError(
-            f"data source {name}: kind=recall hides facts in the text of others; name some of data.sources in its "
-            "haystack"
-        )
-    return Haystack(texts)
+            held |= held_out(np.array(hashes, np.uint64), source.heldout_share)
+        for document, away in zip(_documents(source, source.paths, data), held.tolist(), strict=True):
+            if not away:
+                yield document.text
+
+
+def _documents(source: SourceConfig, paths: Sequence[str], data: DataConfig) -> Iterator[Document]:
+    """Those that the filters let pass; what is left out is counted elsewhere."""
+    ledger = Ledger(data.on_error)
+    read = file_documents if paths is source.heldout_paths and source.kind == "stdlib" else READERS[source.kind]
+    return (document for document in read(source, paths, ledger) if _passes(document, source, ledger))
 
 
 def input_stats(data: DataConfig) -> list[tuple[str, int, int]]:

@@ -13,8 +13,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nsa_train import runtime
 from nsa_train.bench import results
 from nsa_train.bench.figures import plot_grids
@@ -22,7 +20,8 @@ from nsa_train.bench.trained import BLOCKS_FILE, TrainedBlocks
 from nsa_train.config.schema import AttentionConfig, Config
 from nsa_train.data.loader import Loader
 from nsa_train.data.prepare import prepare
-from nsa_train.data.recall import WORDS, Haystack
+from nsa_train.data.recall import WORDS
+from nsa_train.data.recall import answers as asked_in
 from nsa_train.data.stages import Stage, stages_of
 from nsa_train.data.store import TokenStore
 from nsa_train.data.tokenizer import MODEL_FILE, Tokenizer
@@ -31,7 +30,7 @@ from nsa_train.evaluate.blocks import count_blocks, plot_blocks
 from nsa_train.evaluate.grid import answers, cells, summary
 from nsa_train.evaluate.heldout import longest_documents, losses_in_rows
 from nsa_train.evaluate.maps import attention_maps, cell_tokens, plot_maps
-from nsa_train.evaluate.questions import HELDOUT_WORDS, KINDS, make_documents
+from nsa_train.evaluate.questions import HELDOUT_WORDS, KINDS, Quizzes
 from nsa_train.model.branches import spec_of
 from nsa_train.model.transformer import Transformer
 from nsa_train.train.answers import added, settings_of
@@ -202,11 +201,11 @@ def _grid(
     name = options.name_of(task)
     batch_tokens, trained = config.trainer.micro_rows * config.trainer.seq_len, model.rope_factor
     store = _store(config)
-    haystack = _haystack(store, tokenizer, config)
+    quizzes = Quizzes(tokenizer, _real_texts(store, tokenizer, config.model.max_seq_len))
     settings = {"depths": options.depths, "samples": options.samples, "corpus_hash": store.hash}
     for length in lengths:
         factor = _stretch(model, config, length, trained)
-        documents = make_documents(task, tokenizer, haystack, length, options.depths, options.samples, options.words)
+        documents = quizzes.documents(task, length, options.depths, options.samples, options.words)
         found = list(answers(model, documents, config.attention, batch_tokens))
         yield from ({"what": "cell", "task": name, **cell} for cell in cells(found, length, options.depths))
         whole = summary(found, length)
@@ -215,14 +214,12 @@ def _grid(
         runtime.log.info("%s", _line(name, whole))
 
 
-def _haystack(store: TokenStore, tokenizer: Tokenizer, config: Config) -> Haystack:
-    """Held-out text to hide facts in: of the longest documents that are not made up themselves."""
-    made_up = [name for name, source in config.data.named_sources.items() if source.kind == "recall"]
-    real = np.flatnonzero(~np.isin(np.array(store.manifest["sources"])[store.sources], made_up))
-    most = config.model.max_seq_len
-    chosen = real[longest_documents(store.lengths[real], most, HAYSTACK_DOCUMENTS * most)]
+def _real_texts(store: TokenStore, tokenizer: Tokenizer, most: int) -> Iterator[str]:
+    """Of the longest held-out documents, of each `most` tokens; those that ask for facts themselves are left out."""
+    chosen = longest_documents(store.lengths, most, HAYSTACK_DOCUMENTS * most)
     bounds = zip(store.offsets[chosen].tolist(), store.offsets[chosen + 1].tolist(), strict=True)
-    return Haystack(tokenizer.decode(store.tokens[start : min(end, start + most)]) for start, end in bounds)
+    texts = (tokenizer.decode(store.tokens[start : min(end, start + most)]) for start, end in bounds)
+    return (text for text in texts if not any(asked_in(text, words) for words in WORDS.values()))
 
 
 def _line(task: str, row: dict[str, Any]) -> str:

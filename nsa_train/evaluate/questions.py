@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,8 +18,6 @@ from nsa_train.errors import ConfigError
 
 KINDS = {"needle": "needle", "multikey": "multikey", "vartrace": "tracing", "mqar": "mqar"}  # task -> kind of quiz
 HELDOUT_WORDS = "heldout"  # of `data.recall`, which training never saw
-CHARS_PER_TOKEN = 8.0  # a first guess, more than any tokenizer reaches: a quiz is only ever made smaller
-SHRINK = 0.995  # of a quiz that came out too long
 Span = tuple[int, int]  # tokens of a document, the end excluded
 
 
@@ -54,43 +53,50 @@ class Document:
     asked: tuple[Asked, ...]
 
 
-def make_documents(
-    task: str, tokenizer: Tokenizer, haystack: Haystack, length: int, depths: int, samples: int,
-    words: str = HELDOUT_WORDS,
-) -> Iterator[Document]:  # fmt: skip
-    """Documents of nearly but at most `length` tokens, of the words of a split; the same arguments give the same ones.
+class Quizzes:
+    """Quizzes in the tokens of a tokenizer, hidden in lines of `texts`. Raises DataError where these have none."""
 
-    `samples` of each of `depths` depths; of mqar `samples` in all, whose questions ask at every depth.
-    """
-    chars_per_token, everywhere = CHARS_PER_TOKEN, task == "mqar"
-    for depth in range(1 if everywhere else depths):
-        for sample in range(samples):
-            size = round(length * chars_per_token)
-            while True:
-                draw = random.Random(runtime.seed_of("eval", task, length, depth, sample))
-                quiz = make_quiz(KINDS[task], draw, WORDS[words], haystack, size, depth / max(1, depths - 1))
-                found = _document(quiz, tokenizer, depths, None if everywhere else depth)
-                if len(found.tokens) <= length:
-                    break
-                if size == 0:
-                    needed = len(found.tokens)
-                    raise ConfigError(f"lengths: task={task} needs {needed} tokens, {length} are too few")
-                chars_per_token *= SHRINK * length / len(found.tokens)
-                size = max(0, min(size - 1, round(length * chars_per_token)))
-            yield found
+    def __init__(self, tokenizer: Tokenizer, texts: Iterable[str]) -> None:
+        self._tokenizer = tokenizer
+        self._line = functools.cache(lambda line: tokenizer.encode(f"{line}\n"))  # every quiz has lines of others
+        self._haystack = Haystack(texts, lambda line: len(self._line(line)))
 
+    def documents(
+        self, task: str, length: int, depths: int, samples: int, words: str = HELDOUT_WORDS
+    ) -> Iterator[Document]:
+        """Of nearly but at most `length` tokens, of the words of a split; the same arguments give the same ones.
 
-def _document(quiz: Quiz, tokenizer: Tokenizer, depths: int, depth: int | None) -> Document:
-    """Line by line, so that it is known which tokens tell and which ask; depth None: that of each question's fact."""
-    parts = [tokenizer.encode(line + "\n") for line in quiz.lines]
-    ends = np.cumsum([0, *map(len, parts)]).tolist()
-    newline, at, asked = tokenizer.encode("\n"), ends[-1], []
-    for query in quiz.queries:
-        question, answer = tokenizer.encode(query.question), tokenizer.encode(query.answer)
-        begin = at + len(question)
-        place = query.facts[0] * depths // len(quiz.lines) if depth is None else depth
-        facts = tuple((ends[line], ends[line + 1]) for line in query.facts)
-        asked.append(Asked((begin, begin + len(answer)), facts, place))
-        parts += [question, answer, newline]
-        at = begin + len(answer) + len(newline)
-    return Document(np.concatenate(parts).astype(np.int64), tuple(asked))
+        `samples` of each of `depths` depths; of mqar `samples` in all, whose questions ask at every depth.
+        """
+        everywhere = task == "mqar"
+        for depth in range(1 if everywhere else depths):
+            for sample in range(samples):
+                size = length
+                while True:
+                    draw = random.Random(runtime.seed_of("eval", task, length, depth, sample))
+                    share = depth / max(1, depths - 1)
+                    quiz = make_quiz(KINDS[task], draw, WORDS[words], self._haystack, size, share)
+                    found = self._document(quiz, depths, None if everywhere else depth)
+                    if (over := len(found.tokens) - length) <= 0:
+                        break
+                    if size == 0:
+                        needed = len(found.tokens)
+                        raise ConfigError(f"lengths: task={task} needs {needed} tokens, {length} are too few")
+                    size = max(0, size - over)  # a question may have more tokens in parts than as a line
+                yield found
+
+    def _document(self, quiz: Quiz, depths: int, depth: int | None) -> Document:
+        """Line by line, to know which tokens tell and which ask; depth None: that of each question's fact."""
+        encode, newline = self._tokenizer.encode, self._tokenizer.encode("\n")
+        parts = [self._line(line) for line in quiz.lines]
+        ends = np.cumsum([0, *map(len, parts)]).tolist()
+        at, asked = ends[-1], []
+        for query in quiz.queries:
+            question, answer = encode(query.question), encode(query.answer)
+            begin = at + len(question)
+            place = query.facts[0] * depths // len(quiz.lines) if depth is None else depth
+            facts = tuple((ends[line], ends[line + 1]) for line in query.facts)
+            asked.append(Asked((begin, begin + len(answer)), facts, place))
+            parts += [question, answer, newline]
+            at = begin + len(answer) + len(newline)
+        return Document(np.concatenate(parts).astype(np.int64), tuple(asked))

@@ -197,7 +197,7 @@ def test_answers_at_some_of_the_lengths_are_not_all(tmp_path, monkeypatch):
     (run / "eval").mkdir()
     for task in ("needle", "maps"):
         (run / "eval" / f"{task}.json").write_text(
-            json.dumps({"rows": [{"task": task, "length": 512, "settings": {}}]})
+            json.dumps({"rows": [{"task": task, "length": 512, "settings": {"corpus_hash": "c"}}]})
         )
 
     def left(*lengths):
@@ -263,6 +263,11 @@ def test_a_device_takes_as_many_runs_at_once_as_are_asked_for_and_they_know_it(s
     with pytest.raises(Interrupted):
         queue.train([job] * 3)
     assert told.read_text() == "22"
+    told.unlink()
+    queue = script.Queue(3.0, share=2)  # one that has the device to itself says so
+    with pytest.raises(Interrupted):
+        queue.train([job])
+    assert told.read_text() == "1"
 
 
 def test_less_than_one_run_a_device_is_refused():

@@ -17,7 +17,8 @@ from nsa_train.compare.statistics import Difference
 from nsa_train.config.load import load_config
 from nsa_train.plan.flops import training_flops
 
-HELDOUT_ROW = {"what": "summary", "task": "heldout", "settings": {}}
+OF_TODAY = {"settings": {"corpus_hash": "c"}}
+HELDOUT_ROW = {"what": "summary", "task": "heldout", **OF_TODAY}
 
 
 def passed(arm):
@@ -269,6 +270,7 @@ def test_answers_of_the_runs_stand_in_the_report(tmp_path):
             "accuracy": 0.5,
             "loss": 1.25,
             "selection_recall": held,
+            **OF_TODAY,
         }
         nothing = {"what": "summary", "task": "needle", "length": 64, "cells": 0, "samples": 0}
         (run / "eval").mkdir()
@@ -294,7 +296,8 @@ def test_answers_by_depth_and_losses_by_position_stand_in_the_report(tmp_path):
             {"what": "cell", "task": "needle", "length": length, "depth": depth, "accuracy": right, "zone": zone}
             for length, depth in ((512, 0.0), (512, 1.0), (1024, 0.0))
         ]
-        (run / "eval" / "needle.json").write_text(json.dumps({"rows": cells}))
+        told = {"what": "summary", "task": "needle", "length": 512, "accuracy": right, "loss": 1.0, **OF_TODAY}
+        (run / "eval" / "needle.json").write_text(json.dumps({"rows": [*cells, told]}))
         losses = [
             HELDOUT_ROW | {"length": length, "loss": 4.0, "by_position": by_position}
             for length, by_position in (
@@ -318,6 +321,18 @@ def test_answers_by_depth_and_losses_by_position_stand_in_the_report(tmp_path):
     assert [(cell["length"], cell["depth"]) for cell in grids["nsa"]] == [(512, 0.0), (512, 1.0), (1024, 0.0)]
     told = {arm: (cells[0]["accuracy"], cells[0]["zone"]) for arm, cells in grids.items()}
     assert told == {"full": (0.25, None), "nsa": (0.75, None)}
+
+
+def test_answers_of_before_they_named_the_corpus_are_left_out(tmp_path):
+    runs = [make_run(tmp_path, arm) for arm in ("full", "nsa")]
+    (runs[1] / "eval").mkdir()
+    for task in ("needle", "heldout"):
+        rows = [{"what": "cell", "task": task, "length": 512, "depth": 0.0, "accuracy": 1.0, "zone": None},
+                {"what": "summary", "task": task, "length": 512, "accuracy": 1.0, "settings": {}}]  # fmt: skip
+        (runs[1] / "eval" / f"{task}.json").write_text(json.dumps({"rows": rows}))
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    rows = json.loads((tmp_path / "out" / "comparison_tiny.json").read_text())["rows"]
+    assert not {"eval", "grid"} & {row["what"] for row in rows}
 
 
 def test_selection_and_maps_of_the_runs_stand_in_the_report(tmp_path):

@@ -136,6 +136,14 @@ def test_a_haystack_without_text_is_refused():
         Haystack(["", "\n"])
 
 
+def test_a_haystack_keeps_the_first_characters_of_many(monkeypatch):
+    monkeypatch.setattr(recall, "MOST_HAYSTACK", 30)
+    texts = iter(["one line\n", "another", "a third line of which a part is left", *["never read"] * 5])
+    found = Haystack(texts).lines(random.Random(0), 60)
+    assert set(found) == {"one line", "", "another", "a third line o"}
+    assert next(texts) == "never read"
+
+
 def test_needles_stand_in_a_haystack_of_most_of_the_document():
     lines = set(TEXT.split("\n"))
     for document in (d for d in made("train") if d.source == "recall-needle"):
@@ -184,7 +192,8 @@ def test_needles_lie_at_all_depths():
 def recall_corpus(tmp_path, *words):
     """Facts in the training documents of a source, every line of which tells its document."""
     texts = [{"text": "".join(f"    document {i} says {line}\n" for line in range(40))} for i in range(60)]
-    (tmp_path / "text.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in texts))
+    for name, some in (("text", texts), ("copies", texts[:30])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in some))
     return load_config([
         "data.sources.text={kind: files, paths: [text.jsonl], heldout_share: 0.3}", f"data.root={tmp_path}",
         "data.sources.recall={kind: recall, paths: [train], heldout_paths: [heldout], take: 40, min_chars: 300}",
@@ -207,8 +216,9 @@ def test_as_a_source_each_split_has_the_words_of_its_own(tmp_path):
         assert all(300 <= len(text) <= 3000 for text in texts)
 
 
-def test_no_text_that_is_held_out_gets_into_a_haystack(tmp_path):
-    data = recall_corpus(tmp_path).data
+@pytest.mark.parametrize("words", [[], ["data.sources.text.heldout_paths=[copies.jsonl]"]], ids=["by hash", "copies"])
+def test_no_text_that_is_held_out_gets_into_a_haystack(words, tmp_path):
+    data = recall_corpus(tmp_path, *words).data
     lines = {split: [set(d.text.split("\n")) for d in documents(data, split) if d.source == "text"] for split in SPLITS}
     assert all(len(found) > 10 for found in lines.values())
     hidden = [set(d.text.split("\n")) for split in SPLITS for d in documents(data, split) if d.source == "recall"]
@@ -220,12 +230,9 @@ def test_no_text_that_is_held_out_gets_into_a_haystack(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["data.sources.recall.haystack=[]"], "data source recall: kind=recall hides facts in the text of others"),
-        (
-            ["data.sources.recall.haystack=[text,more]"],
-            "data.sources.recall.haystack names more, which is none of text",
-        ),
-        (["data.sources.recall.haystack=[recall]"], "data.sources.recall.haystack names recall, which is none of text"),
+        (["data.sources.recall.haystack=[]"], "recall: kind=recall hides facts in the text of other sources"),
+        (["data.sources.recall.haystack=[text,more]"], "recall: haystack names more, but other sources are text"),
+        (["data.sources.recall.haystack=[recall]"], "recall: haystack names recall, but other sources are text"),
         (["data.sources.recall.paths=[test]"], r"kind=recall: paths=\['test'\] must be train or heldout"),
     ],
 )

@@ -10,6 +10,9 @@ import pytest
 from nsa_train.bench.trained import TrainedBlocks
 from nsa_train.cli import main
 from nsa_train.config.load import load_config, to_yaml
+from nsa_train.data.prepare import prepare
+from nsa_train.data.store import TokenStore
+from nsa_train.data.tokenizer import Tokenizer
 from nsa_train.evaluate import command
 from nsa_train.model.branches import spec_of
 from nsa_train.model.transformer import Transformer
@@ -44,6 +47,25 @@ def make_run(tmp_path, corpus, monkeypatch):
         return tmp_path, config
 
     return make
+
+
+def test_quizzes_hide_facts_in_real_text_only(tmp_path):
+    """Held-out documents that ask for facts themselves are no haystack, whatever the configuration says of them."""
+    words = [
+        "data.sources.text={kind: files, paths: [a.txt, b.txt, c.txt], heldout_share: 0.5}", "model.vocab=400",
+        "data.sources.recall={kind: recall, paths: [train], take: 30, min_chars: 900, max_chars: 4000}",
+        "data.sources.recall.haystack=[text]", f"data.root={tmp_path}", f"data.prepared_dir={tmp_path}/prepared",
+    ]  # fmt: skip
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("".join(f"    line {i} of text {name}\n" for i in range(300)))
+    config = load_config(words)
+    folder = prepare(config.data, config.model.vocab, print)
+    store = TokenStore.open(folder, "heldout")
+    asks = store.sources == store.manifest["sources"].index("recall")
+    assert asks.any()
+    texts = list(command._real_texts(store, Tokenizer.load(store.tokenizer), 10_000))
+    assert len(texts) == (~asks).sum() > 0
+    assert all(line.startswith("    line ") for text in texts for line in text.rstrip("\n").split("\n"))
 
 
 def rows(folder, task):

@@ -9,27 +9,28 @@ from nsa_train.config.load import load_config
 from nsa_train.data.recall import QUIZ_HOPS, QUIZ_NEEDLES, WORDS, Haystack, recall_documents
 from nsa_train.data.tokenizer import train_tokenizer
 from nsa_train.errors import ConfigError
-from nsa_train.evaluate.questions import KINDS, Asked, make_documents
+from nsa_train.evaluate.questions import KINDS, Asked, Quizzes
 
 LENGTH, DEPTHS, SAMPLES = 2000, 5, 3
-HAYSTACK = Haystack(["\n".join(f"    line {i} = {'some ' * (i % 9)}other text" for i in range(3000))])
+DENSE = "\n".join(f"{i:x}" * 9 for i in range(2000))  # many more tokens a character
+TEXT = "\n".join(f"    line {i} = {'some ' * (i % 9)}other text" for i in range(3000)) + "\n" + DENSE
 
 
 @pytest.fixture(scope="module", params=[400, 3000], ids=["few words", "many words"])
 def tokenizer(request):
-    texts = [document.text for document in recall_documents("train", HAYSTACK, 40, 500, 5000)]
+    texts = [document.text for document in recall_documents("train", Haystack([TEXT]), 40, 500, 5000)]
     return train_tokenizer(texts, request.param, "bpe", 1, 0)
 
 
-def made(task, tokenizer, length=LENGTH):
-    return list(make_documents(task, tokenizer, HAYSTACK, length, DEPTHS, SAMPLES))
+def made(task, tokenizer, length=LENGTH, depths=DEPTHS, samples=SAMPLES, **words):
+    return list(Quizzes(tokenizer, [TEXT]).documents(task, length, depths, samples, **words))
 
 
 @pytest.mark.parametrize("task", KINDS)
 def test_documents_nearly_have_the_wanted_length_and_come_again(task, tokenizer):
     documents = made(task, tokenizer)
     assert len(documents) == SAMPLES * (1 if task == "mqar" else DEPTHS)
-    assert all(0.93 * LENGTH < len(document.tokens) <= LENGTH for document in documents)
+    assert all(0.94 * LENGTH < len(document.tokens) <= LENGTH for document in documents)
     again = made(task, tokenizer)
     assert all(np.array_equal(a.tokens, b.tokens) and a.asked == b.asked for a, b in zip(documents, again, strict=True))
     assert len({document.tokens.tobytes() for document in documents}) == len(documents)
@@ -78,14 +79,12 @@ def test_a_multikey_quiz_has_many_facts_of_one_form(tokenizer):
 
 @pytest.mark.parametrize("task", KINDS)
 def test_the_words_of_training_can_be_asked_with(task, tokenizer):
-    text = {
-        words: tokenizer.decode(next(make_documents(task, tokenizer, HAYSTACK, LENGTH, 1, 1, words)).tokens)
-        for words in WORDS
-    }
+    few = {"depths": 1, "samples": 1}
+    text = {words: tokenizer.decode(made(task, tokenizer, **few, words=words)[0].tokens) for words in WORDS}
     for words, of in WORDS.items():
         asked = text[words].split("\n")[-2]
         assert asked.startswith((of.trace if task == "vartrace" else of.needle).partition("{")[0])
-    assert text["heldout"] == tokenizer.decode(next(make_documents(task, tokenizer, HAYSTACK, LENGTH, 1, 1)).tokens)
+    assert text["heldout"] == tokenizer.decode(made(task, tokenizer, **few)[0].tokens)
 
 
 @pytest.mark.parametrize("task", ["needle", "multikey", "vartrace"])

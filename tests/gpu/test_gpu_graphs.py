@@ -43,7 +43,7 @@ def results(model, batch):
 
 @pytest.mark.parametrize(
     "words",
-    [TINY, [*TINY, "attention.phi=gated_pool"],
+    [TINY, [*TINY, "attention.phi=gated_pool"], [*TINY, "attention.selection=none"],
      *([*TINY, f"attention={arm}"] for arm in ("nsa_no_slc", "nsa_no_win", "nsa_random", "nsa_shared_kv", "window")),
      HOPPER, *([*HOPPER, f"attention={arm}"] for arm in ("nsa_no_slc", "nsa_random", "window"))],
     ids=" ".join,
