@@ -28,7 +28,7 @@ def evaluated(run):
     """With what `nsa-train eval` leaves."""
     (run / "eval").mkdir()
     found = {"what": "summary", "task": "needle", "length": 512, "accuracy": 1 / 3, "loss": 1.23456789,
-             "selection_recall": None}  # fmt: skip
+             "selection_recall": None, "settings": {"corpus_hash": "c"}}  # fmt: skip
     cell = {"what": "cell", "task": "needle", "length": 512, "depth": 0.5, "zone": None, "accuracy": 1 / 3}
     whole = {"command": f"nsa-train eval {run}", "rows": [cell, found]}
     (run / "eval" / "needle.json").write_text(json.dumps(whole))

@@ -296,7 +296,8 @@ def test_answers_by_depth_and_losses_by_position_stand_in_the_report(tmp_path):
             {"what": "cell", "task": "needle", "length": length, "depth": depth, "accuracy": right, "zone": zone}
             for length, depth in ((512, 0.0), (512, 1.0), (1024, 0.0))
         ]
-        told = {"what": "summary", "task": "needle", "length": 512, "accuracy": right, "loss": 1.0, **OF_TODAY}
+        told = {"what": "summary", "task": "needle", "length": 512, "accuracy": right, "loss": 1.0,
+                "selection_recall": None, **OF_TODAY}  # fmt: skip
         (run / "eval" / "needle.json").write_text(json.dumps({"rows": [*cells, told]}))
         losses = [
             HELDOUT_ROW | {"length": length, "loss": 4.0, "by_position": by_position}
