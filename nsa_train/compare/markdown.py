@@ -152,6 +152,12 @@ def _evaluations(arms: list[Row], found: list[Row]) -> Iterator[str]:
         for task, length in asked
     )  # fmt: skip
     yield from _table(("task", "tokens", *(f"`{arm}`" for arm in names)), lines)
+    asked_with = {(row["task"], str(row.get("settings"))) for row in found}
+    if unlike := [task for task, _ in asked if sum(other == task for other, _ in asked_with) > 1]:
+        yield from (
+            "",
+            f"**Not all runs were asked alike**, with other samples or depths: {', '.join(dict.fromkeys(unlike))}.",
+        )
 
 
 def _evaluation(rows: list[Row]) -> str:

@@ -18,7 +18,7 @@ from nsa_train.train.answers import settings_of
 # What a row of `nsa-train eval` is called in the report, and what the report takes from it.
 EVALUATED = {
     "summary": ("eval", ("task", "length", "rope_factor", "accuracy", "low", "high", "loss", "selection_recall",
-                         "samples", "cells", "by_position")),
+                         "samples", "cells", "by_position", "settings")),
     "selection": ("selection", ("length", "rope_factor", "queries", "selection_recall", "best_recall", "random_recall",
                                 "forced_recall", "distinct_blocks", "neighbour_overlap", "distance")),
 }  # fmt: skip

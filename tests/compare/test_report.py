@@ -272,7 +272,7 @@ def test_answers_of_the_runs_stand_in_the_report(tmp_path):
             "selection_recall": held,
             **OF_TODAY,
         }
-        nothing = {"what": "summary", "task": "needle", "length": 64, "cells": 0, "samples": 0}
+        nothing = {"what": "summary", "task": "needle", "length": 64, "cells": 0, "samples": 0, **OF_TODAY}
         (run / "eval").mkdir()
         (run / "eval" / "needle.json").write_text(json.dumps({"rows": [cell, found, nothing]}))
     (runs[1] / "eval" / "heldout.json").write_text(
@@ -322,6 +322,18 @@ def test_answers_by_depth_and_losses_by_position_stand_in_the_report(tmp_path):
     assert [(cell["length"], cell["depth"]) for cell in grids["nsa"]] == [(512, 0.0), (512, 1.0), (1024, 0.0)]
     told = {arm: (cells[0]["accuracy"], cells[0]["zone"]) for arm, cells in grids.items()}
     assert told == {"full": (0.25, None), "nsa": (0.75, None)}
+
+
+def test_answers_that_were_asked_in_other_ways_are_told(tmp_path):
+    runs = [make_run(tmp_path, arm) for arm in ("full", "nsa")]
+    for run, samples in zip(runs, (1, 2), strict=True):
+        (run / "eval").mkdir()
+        for task, settings in (("needle", {"corpus_hash": "c", "samples": samples}), ("mqar", {"corpus_hash": "c"})):
+            row = {"what": "summary", "task": task, "length": 512, "accuracy": 0.5, "loss": 1.0, "settings": settings}
+            (run / "eval" / f"{task}.json").write_text(json.dumps({"rows": [row | {"selection_recall": None}]}))
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    said = (tmp_path / "out" / "comparison_tiny.md").read_text()
+    assert "**Not all runs were asked alike**, with other samples or depths: needle.\n" in said
 
 
 def test_answers_of_before_they_named_the_corpus_are_left_out(tmp_path):
