@@ -146,26 +146,24 @@ class Queue:
 
     def __init__(self, seconds: float, share: int = 1) -> None:
         self.end = time.monotonic() + seconds
-        self.share = share
-        self.devices = _devices() * share
-        self.running: dict[int, Running] = {}  # by their place in `devices`
+        self.gpus, self.share = _devices(), share
+        self.running: dict[int, Running] = {}  # by their place on the GPUs, each as often as it is shared
         self.waiting: list[Job] = []
         self.took: dict[str, list[float]] = {"train": [], "eval": []}  # seconds of what succeeded
         self.stopped = False
-        runtime.share_cores(len(self.devices))
+        runtime.share_cores(len(self.gpus) * share)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
 
     def train(self, jobs: list[Job]) -> None:
         """Raises Interrupted when stopped. A run that fails is named, and does not keep the others from running."""
         self.waiting = [job for job in jobs if job.command()]
-        gpus = len(self.devices) // self.share
-        self.share = max(1, min(self.share, math.ceil(len(self.waiting) / gpus)))
-        self.devices = self.devices[: self.share * gpus]
+        self.share = max(1, min(self.share, math.ceil(len(self.waiting) / len(self.gpus))))
+        places = self.gpus * self.share
         for job in jobs:
             job.keep()
         print(
-            f"{len(jobs) - len(self.waiting)} of {len(jobs)} runs are finished, {len(self.devices)} at a time",
+            f"{len(jobs) - len(self.waiting)} of {len(jobs)} runs are finished, {len(places)} at a time",
             flush=True,
         )
         untrained = [job for job in self.waiting if job.command()[:1] == ["train"]]
@@ -174,7 +172,7 @@ class Queue:
             if code and not self.stopped:
                 raise NsaTrainError(f"the corpus could not be prepared (exit code {code}), see above")
         while self.running or (self.waiting and not self.stopped):
-            for place, device in enumerate(self.devices):
+            for place, device in enumerate(places):
                 if self.waiting and place not in self.running and self._may_start(self.waiting[0].command()[0]):
                     self.running[place] = self._start(self.waiting.pop(0), device)
             if not self.stopped and (time.monotonic() > self.end or not self.running):  # not: none fits any more

@@ -152,12 +152,9 @@ def _evaluations(arms: list[Row], found: list[Row]) -> Iterator[str]:
         for task, length in asked
     )  # fmt: skip
     yield from _table(("task", "tokens", *(f"`{arm}`" for arm in names)), lines)
-    asked_with = {(row["task"], str(row.get("settings"))) for row in found}
-    if unlike := [task for task, _ in asked if sum(other == task for other, _ in asked_with) > 1]:
-        yield from (
-            "",
-            f"**Not all runs were asked alike**, with other samples or depths: {', '.join(dict.fromkeys(unlike))}.",
-        )
+    ways = {task: {str(row.get("settings")) for row in found if row["task"] == task} for task, _ in asked}
+    if unlike := ", ".join(task for task, settings in ways.items() if len(settings) > 1):
+        yield from ("", f"**Not all runs were asked alike**, with other samples or depths: {unlike}.")
 
 
 def _evaluation(rows: list[Row]) -> str:

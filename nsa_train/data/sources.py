@@ -51,15 +51,21 @@ def candidates(data: DataConfig, ledger: Ledger) -> Iterator[Candidate]:
             if source.kind == "recall":
                 if source.haystack not in haystacks:
                     haystacks[source.haystack] = Haystack(_training_texts(data, source.haystack))
-                documents = read_recall(source, paths, haystacks[source.haystack])
+                made = read_recall(source, paths, haystacks[source.haystack])
+                documents: Iterator[Document] = (d for d in made if _passes(d, source, ledger))
             else:
-                read = file_documents if heldout and source.kind == "stdlib" else READERS[source.kind]
-                documents = read(source, paths, ledger)
+                documents = _read(source, heldout, ledger)
             for document in documents:
-                if _passes(document, source, ledger):
-                    named = {"source": name} if data.sources else {}
-                    licence = document.licence or source.licence
-                    yield Candidate(dataclasses.replace(document, licence=licence, **named), origin, heldout)
+                named = {"source": name} if data.sources else {}
+                licence = document.licence or source.licence
+                yield Candidate(dataclasses.replace(document, licence=licence, **named), origin, heldout)
+
+
+def _read(source: SourceConfig, heldout: bool, ledger: Ledger) -> Iterator[Document]:
+    """The documents in `paths` or `heldout_paths` that the filters let pass; `ledger` counts the others."""
+    paths = source.heldout_paths if heldout else source.paths
+    read = file_documents if heldout and source.kind == "stdlib" else READERS[source.kind]
+    return (document for document in read(source, paths, ledger) if _passes(document, source, ledger))
 
 
 def _check_haystacks(data: DataConfig) -> None:
@@ -82,26 +88,20 @@ def _training_texts(data: DataConfig, names: Sequence[str]) -> Iterator[str]:
 
     Reads each source twice: by its hashes it is split.
     """
-    declared = {
-        hash_of(document.text.encode())
-        for source in data.sources.values() if source.kind != "recall" and source.heldout_paths
-        for document in _documents(source, source.heldout_paths, data)
-    }  # fmt: skip
+
+    def hashes(source: SourceConfig, heldout: bool) -> np.ndarray:
+        texts = (document.text for document in _read(source, heldout, Ledger(data.on_error)))
+        return np.array([hash_of(text.encode()) for text in texts], np.uint64)
+
+    named = [source for source in data.sources.values() if source.kind != "recall" and source.heldout_paths]
+    declared = np.concatenate([np.empty(0, np.uint64), *(hashes(source, heldout=True) for source in named)])
     for source in (data.sources[name] for name in names):
-        hashes = [hash_of(document.text.encode()) for document in _documents(source, source.paths, data)]
-        held = np.isin(np.array(hashes, np.uint64), np.array(sorted(declared), np.uint64))
+        mine = hashes(source, heldout=False)
+        held = np.isin(mine, declared)
         if not source.heldout_paths:
-            held |= held_out(np.array(hashes, np.uint64), source.heldout_share)
-        for document, away in zip(_documents(source, source.paths, data), held.tolist(), strict=True):
-            if not away:
-                yield document.text
-
-
-def _documents(source: SourceConfig, paths: Sequence[str], data: DataConfig) -> Iterator[Document]:
-    """Those that the filters let pass; what is left out is counted elsewhere."""
-    ledger = Ledger(data.on_error)
-    read = file_documents if paths is source.heldout_paths and source.kind == "stdlib" else READERS[source.kind]
-    return (document for document in read(source, paths, ledger) if _passes(document, source, ledger))
+            held |= held_out(mine, source.heldout_share)
+        documents = _read(source, False, Ledger(data.on_error))  # counted where they are candidates
+        yield from (document.text for document, away in zip(documents, held.tolist(), strict=True) if not away)
 
 
 def input_stats(data: DataConfig) -> list[tuple[str, int, int]]:

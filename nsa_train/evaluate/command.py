@@ -127,6 +127,9 @@ def main(arguments: list[str]) -> int:
     model, tokenizer = _opened(folder)
     (folder / "eval").mkdir(exist_ok=True)
     trained = model.rope_factor
+    if {*options.task} & {*KINDS}:
+        store = _store(config)
+        quizzes = Quizzes(tokenizer, _real_texts(store, tokenizer, config.model.max_seq_len))
     for task in options.task:
         lengths = options.lengths_of(task, stages_of(config)[-1].seq_len)
         path = folder / "eval" / f"{options.name_of(task)}.json"
@@ -139,7 +142,7 @@ def main(arguments: list[str]) -> int:
         elif task == MAPS:
             found = _maps(model, config, lengths[0], options.samples, figure)
         else:
-            found = list(_grid(task, model, tokenizer, config, lengths, options))
+            found = list(_grid(task, model, quizzes, store.hash, config, lengths, options))
         rows = _with_earlier(path, found)
         if task in KINDS:
             plot_grids({f"{config.name}: {path.stem}": [row for row in rows if row["what"] == "cell"]}, figure)
@@ -195,14 +198,13 @@ def _stretch(model: Transformer, config: Config, length: int, trained: float) ->
 
 
 def _grid(
-    task: str, model: Transformer, tokenizer: Tokenizer, config: Config, lengths: Sequence[int], options: Options
-) -> Iterator[dict[str, Any]]:
+    task: str, model: Transformer, quizzes: Quizzes, corpus_hash: str, config: Config, lengths: Sequence[int],
+    options: Options,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Rows of cells, and a summary of each length."""
     name = options.name_of(task)
     batch_tokens, trained = config.trainer.micro_rows * config.trainer.seq_len, model.rope_factor
-    store = _store(config)
-    quizzes = Quizzes(tokenizer, _real_texts(store, tokenizer, config.model.max_seq_len))
-    settings = {"depths": options.depths, "samples": options.samples, "corpus_hash": store.hash}
+    settings = {"depths": options.depths, "samples": options.samples, "corpus_hash": corpus_hash}
     for length in lengths:
         factor = _stretch(model, config, length, trained)
         documents = quizzes.documents(task, length, options.depths, options.samples, options.words)
