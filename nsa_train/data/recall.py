@@ -26,6 +26,21 @@ from nsa_train.config.schema import SourceConfig
 from nsa_train.data.files import Document
 from nsa_train.errors import DataError
 
+CONSONANTS, VOWELS = "BCDFGHJKLMNPRSTVWZ", "AEIOU"  # of keys
+LEAST_VALUE, MOST_VALUE = 10_000, 99_999
+
+
+def constant(draw: random.Random, first: str) -> str:
+    """A name of two made-up words of three syllables, which begins with one of the letters `first`."""
+    consonants = [draw.choice(first), *draw.choices(CONSONANTS, k=5)]
+    syllables = [consonant + draw.choice(VOWELS) for consonant in consonants]
+    return "".join([*syllables[:3], "_", *syllables[3:]])
+
+
+def number(draw: random.Random) -> str:
+    """Five digits."""
+    return str(draw.randint(LEAST_VALUE, MOST_VALUE))
+
 
 class Words(NamedTuple):
     """What the documents of one split are made of; no key and no template occurs in the other split.
@@ -39,6 +54,8 @@ class Words(NamedTuple):
     assign: str  # template of a variable with a value
     copy: str  # template of a variable that is another's, in the words of `assign`
     trace: str  # question for a variable at the end of a chain: its first hop is what followed the key before
+    key: Callable[[random.Random, str], str] = constant  # one, by its first letters
+    value: Callable[[random.Random], str] = number
 
 
 WORDS = {
@@ -47,9 +64,7 @@ WORDS = {
         "DFKMPSVZ", "#define {key} {value}", "set {key} {value}", "set {key} {other}", "get {key} {value}"
     ),
 }
-CONSONANTS, VOWELS = "BCDFGHJKLMNPRSTVWZ", "AEIOU"  # of keys
 KEY, VALUE = "(?P<key>[A-Z_]+)", "(?P<value>[0-9]{5})"
-LEAST_VALUE, MOST_VALUE = 10_000, 99_999
 
 LONGEST_LINE = 200  # of a haystack; longer ones are cut
 MOST_HAYSTACK = 64_000_000  # characters that are kept in memory, the first ones, so that any source will do
@@ -163,7 +178,7 @@ def _tracing(draw: random.Random, words: Words, haystack: Haystack, size: int) -
     questions = []
     for chain in range(chains):
         mine = names[5 * chain : 5 * chain + draw.randint(3, 5)]
-        value = _value(draw)
+        value = words.value(draw)
         first = words.assign.format(key=mine[0], value=value)
         lines.append([first, *(words.copy.format(key=b, other=a) for a, b in pairwise(mine))])
         questions.append(words.trace.format(key=mine[-1], value=value))
@@ -210,21 +225,15 @@ def _inserted(filler: list[str], lines: list[str], depths: Sequence[int]) -> lis
 
 
 def _pairs(draw: random.Random, words: Words, count: int) -> list[tuple[str, str]]:
-    return [(key, _value(draw)) for key in _keys(draw, words, count)]
+    return [(key, words.value(draw)) for key in _keys(draw, words, count)]
 
 
 def _keys(draw: random.Random, words: Words, count: int) -> list[str]:
-    """Different names of two made-up words of three syllables."""
+    """Different ones."""
     found: dict[str, None] = {}
     while len(found) < count:
-        consonants = [draw.choice(words.keys), *draw.choices(CONSONANTS, k=5)]
-        syllables = [consonant + draw.choice(VOWELS) for consonant in consonants]
-        found["".join([*syllables[:3], "_", *syllables[3:]])] = None
+        found[words.key(draw, words.keys)] = None
     return list(found)
-
-
-def _value(draw: random.Random) -> str:
-    return str(draw.randint(LEAST_VALUE, MOST_VALUE))
 
 
 # Quizzes: the same kinds with what is asked for at a chosen depth -----------------------------------------------------
@@ -281,7 +290,7 @@ def _quiz_pairs(draw: random.Random, words: Words, haystack: Haystack, size: int
     pairs: dict[str, str] = {}
     while True:
         (key,) = _keys(draw, words, 1)
-        fact = words.needle.format(key=key, value=(value := _value(draw)))
+        fact = words.needle.format(key=key, value=(value := words.value(draw)))
         size -= 2 * haystack.measure(fact)
         if size < 0 and len(pairs) >= 2:
             break
@@ -297,14 +306,14 @@ def _quiz_chains(draw: random.Random, words: Words) -> tuple[list[str], list[str
     names, chains, values = _keys(draw, words, QUIZ_CHAINS * (QUIZ_HOPS + 1)), [], []
     for number in range(QUIZ_CHAINS):
         mine = names[number * (QUIZ_HOPS + 1) :][: QUIZ_HOPS + 1]
-        values.append(_value(draw))
+        values.append(words.value(draw))
         first = words.assign.format(key=mine[0], value=values[-1])
         chains.append([first, *(words.copy.format(key=b, other=a) for a, b in pairwise(mine))])
     return chains[0], [line for chain in chains[1:] for line in chain], (words.trace, names[QUIZ_HOPS], values[0])
 
 
 def _query(template: str, key: str, value: str, facts: tuple[int, ...]) -> Query:
-    """Templates end with the value; the space before it belongs to the answer, as tokens have it."""
+    """Templates end with the value; a space before it goes with it, as in the words of a tokenizer."""
     question = template.format(key=key, value="").rstrip(" ")
     return Query(question, template.format(key=key, value=value).removeprefix(question), facts)
 

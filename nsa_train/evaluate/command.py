@@ -124,12 +124,12 @@ def main(arguments: list[str]) -> int:
             raise ConfigError(f"eval: {folder} is of the arm {config.arm}, and task={task} {reason}")
         answers_there(folder / "eval" / f"{options.name_of(task)}.json")
     check_lengths(options, config)
-    model, tokenizer = _opened(folder)
+    model, tokenizer = opened(folder)
     (folder / "eval").mkdir(exist_ok=True)
     trained = model.rope_factor
     if {*options.task} & {*KINDS}:
-        store = _store(config)
-        quizzes = Quizzes(tokenizer, _real_texts(store, tokenizer, config.model.max_seq_len))
+        store = heldout_store(config)
+        quizzes = Quizzes(tokenizer, real_texts(store, tokenizer, config.model.max_seq_len))
     for task in options.task:
         lengths = options.lengths_of(task, stages_of(config)[-1].seq_len)
         path = folder / "eval" / f"{options.name_of(task)}.json"
@@ -175,7 +175,7 @@ def _with_earlier(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]
     return added(earlier, rows)
 
 
-def _opened(folder: Path) -> tuple[Transformer, Tokenizer]:
+def opened(folder: Path) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of the run's export, on this machine's device."""
     export = folder / "export"
     if not (export / "config.json").is_file():
@@ -207,7 +207,7 @@ def _grid(
     settings = {"depths": options.depths, "samples": options.samples, "corpus_hash": corpus_hash}
     for length in lengths:
         factor = _stretch(model, config, length, trained)
-        documents = quizzes.documents(task, length, options.depths, options.samples, options.words)
+        documents = quizzes.documents(task, length, options.depths, options.samples, WORDS[options.words])
         found = list(answers(model, documents, config.attention, batch_tokens))
         yield from ({"what": "cell", "task": name, **cell} for cell in cells(found, length, options.depths))
         whole = summary(found, length)
@@ -216,7 +216,7 @@ def _grid(
         runtime.log.info("%s", _line(name, whole))
 
 
-def _real_texts(store: TokenStore, tokenizer: Tokenizer, most: int) -> Iterator[str]:
+def real_texts(store: TokenStore, tokenizer: Tokenizer, most: int) -> Iterator[str]:
     """Of the longest held-out documents, of each `most` tokens; those that ask for facts themselves are left out."""
     chosen = longest_documents(store.lengths, most, HAYSTACK_DOCUMENTS * most)
     bounds = zip(store.offsets[chosen].tolist(), store.offsets[chosen + 1].tolist(), strict=True)
@@ -236,7 +236,7 @@ def _line(task: str, row: dict[str, Any]) -> str:
     )
 
 
-def _store(config: Config) -> TokenStore:
+def heldout_store(config: Config) -> TokenStore:
     """The held-out tokens of the run's corpus."""
     return TokenStore.open(prepare(config.data, config.model.vocab, runtime.log.info), "heldout")
 
@@ -248,7 +248,7 @@ def _loader(store: TokenStore, config: Config, length: int, rope_factor: float) 
 
 def _heldout(model: Transformer, config: Config, lengths: Sequence[int], samples: int) -> Iterator[dict[str, Any]]:
     """The loss of the same documents in rows of each length."""
-    store, trained, most = _store(config), model.rope_factor, config.model.max_seq_len
+    store, trained, most = heldout_store(config), model.rope_factor, config.model.max_seq_len
     documents = longest_documents(store.lengths, most, samples * most)
     settings = {"samples": samples, "corpus_hash": store.hash}
     for length in lengths:
@@ -271,7 +271,7 @@ def _blocks(
     model: Transformer, config: Config, lengths: Sequence[int], samples: int
 ) -> tuple[list[dict[str, Any]], TrainedBlocks]:
     """Rows of each length, and the chosen blocks of the longest. Raises DataError where nothing is chosen."""
-    store, spec, trained, rows = _store(config), spec_of(config.attention), model.rope_factor, []
+    store, spec, trained, rows = heldout_store(config), spec_of(config.attention), model.rope_factor, []
     settings = {"samples": samples, "corpus_hash": store.hash}
     for length in sorted(lengths):
         factor = _stretch(model, config, length, trained)
@@ -300,7 +300,7 @@ def _blocks(
 
 def _maps(model: Transformer, config: Config, length: int, samples: int, figure: Path) -> list[dict[str, Any]]:
     """Of the longest document of the first rows."""
-    store = _store(config)
+    store = heldout_store(config)
     factor = _stretch(model, config, length, model.rope_factor)
     rows = _loader(store, config, length, factor).sequential(samples, 0, 1, 1)
     document = max((row.tokens[span] for row in rows for span in row.document_spans()), key=len)

@@ -12,7 +12,7 @@ import numpy as np
 
 from nsa_train import runtime
 from nsa_train.config.schema import AttentionConfig
-from nsa_train.data.recall import WORDS, Haystack, Quiz, make_quiz
+from nsa_train.data.recall import WORDS, Haystack, Query, Quiz, Words, make_quiz
 from nsa_train.data.tokenizer import Tokenizer
 from nsa_train.errors import ConfigError
 
@@ -62,9 +62,9 @@ class Quizzes:
         self._haystack = Haystack(texts, lambda line: len(self._line(line)))
 
     def documents(
-        self, task: str, length: int, depths: int, samples: int, words: str = HELDOUT_WORDS
+        self, task: str, length: int, depths: int, samples: int, words: Words = WORDS[HELDOUT_WORDS]
     ) -> Iterator[Document]:
-        """Of nearly but at most `length` tokens, of the words of a split; the same arguments give the same ones.
+        """Of nearly but at most `length` tokens; the same arguments give the same ones.
 
         `samples` of each of `depths` depths; of mqar `samples` in all, whose questions ask at every depth.
         """
@@ -75,7 +75,7 @@ class Quizzes:
                 while True:
                     draw = random.Random(runtime.seed_of("eval", task, length, depth, sample))
                     share = depth / max(1, depths - 1)
-                    quiz = make_quiz(KINDS[task], draw, WORDS[words], self._haystack, size, share)
+                    quiz = make_quiz(KINDS[task], draw, words, self._haystack, size, share)
                     found = self._document(quiz, depths, None if everywhere else depth)
                     if (over := len(found.tokens) - length) <= 0:
                         break
@@ -87,12 +87,12 @@ class Quizzes:
 
     def _document(self, quiz: Quiz, depths: int, depth: int | None) -> Document:
         """Line by line, to know which tokens tell and which ask; depth None: that of each question's fact."""
-        encode, newline = self._tokenizer.encode, self._tokenizer.encode("\n")
+        newline = self._tokenizer.encode("\n")
         parts = [self._line(line) for line in quiz.lines]
         ends = np.cumsum([0, *map(len, parts)]).tolist()
         at, asked = ends[-1], []
         for query in quiz.queries:
-            question, answer = encode(query.question), encode(query.answer)
+            question, answer = self._asked(query)
             begin = at + len(question)
             place = query.facts[0] * depths // len(quiz.lines) if depth is None else depth
             facts = tuple((ends[line], ends[line + 1]) for line in query.facts)
@@ -100,3 +100,10 @@ class Quizzes:
             parts += [question, answer, newline]
             at = begin + len(answer) + len(newline)
         return Document(np.concatenate(parts).astype(np.int64), tuple(asked))
+
+    def _asked(self, query: Query) -> tuple[np.ndarray, np.ndarray]:
+        """Question and answer, tokens [n] each. A token of space alone is the question's: it is no part of recall
+        whether a model expects a space there or, as in much code, a tab."""
+        question, answer = self._tokenizer.encode(query.question), self._tokenizer.encode(query.answer)
+        spaces = next(i for i in range(len(answer)) if self._tokenizer.decode(answer[: i + 1]).strip())
+        return np.concatenate([question, answer[:spaces]]), answer[spaces:]

@@ -43,7 +43,7 @@ def make_run(tmp_path, corpus, monkeypatch):
         (tmp_path / "config.yaml").write_text(to_yaml(config))
         model = Transformer(config.model, config.attention, config.moe).eval()
         model.start(0)
-        monkeypatch.setattr(command, "_opened", lambda folder: (copy.deepcopy(model), None))
+        monkeypatch.setattr(command, "opened", lambda folder: (copy.deepcopy(model), None))
         return tmp_path, config
 
     return make
@@ -63,7 +63,7 @@ def test_quizzes_hide_facts_in_real_text_only(tmp_path):
     store = TokenStore.open(folder, "heldout")
     asks = store.sources == store.manifest["sources"].index("recall")
     assert asks.any()
-    texts = list(command._real_texts(store, Tokenizer.load(store.tokenizer), 10_000))
+    texts = list(command.real_texts(store, Tokenizer.load(store.tokenizer), 10_000))
     assert len(texts) == (~asks).sum() > 0
     assert all(line.startswith("    line ") for text in texts for line in text.rstrip("\n").split("\n"))
 
@@ -152,7 +152,7 @@ def test_maps_and_answers_of_before_are_replaced_as_a_whole(make_run, caplog):
 
 def test_a_damaged_answer_is_named_before_anything_is_asked(make_run, capsys, monkeypatch):
     folder, _ = make_run("attention=nsa")
-    monkeypatch.setattr(command, "_opened", None)
+    monkeypatch.setattr(command, "opened", None)
     (folder / "eval").mkdir()
     (folder / "eval" / "heldout.json").write_text("{")
     assert main(["eval", str(folder), "task=blocks,heldout"]) == 2

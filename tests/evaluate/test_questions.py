@@ -1,9 +1,11 @@
 """Quizzes as tokens: of the wanted length, told by the tokens they name, marked where nothing must be chosen."""
 
+import re
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from helpers import load_script
 
 from nsa_train.config.load import load_config
 from nsa_train.data.recall import QUIZ_HOPS, QUIZ_NEEDLES, WORDS, Haystack, recall_documents
@@ -44,11 +46,10 @@ def test_the_named_tokens_tell_the_answer(task, tokenizer):
             answer = tokenizer.decode(document.tokens[slice(*asked.answer)])
             question = tokenizer.decode(document.tokens[: asked.answer[0]]).split("\n")[-1]
             facts = [tokenizer.decode(document.tokens[slice(*fact)]) for fact in asked.facts]
-            assert answer[0] == " "
-            assert 10_000 <= int(answer[1:]) <= 99_999
+            assert re.fullmatch("[1-9][0-9]{4}", answer)  # without the space before it
             key = question.split()[1]
             assert key in facts[-1]
-            assert answer.strip() in facts[0]
+            assert f" {answer}\n" in facts[0]
             assert len(facts) == (QUIZ_HOPS + 1 if task == "vartrace" else 1)
             names = [set(fact.split()) for fact in facts]
             assert all(len(a & b - {"set"}) == 1 for a, b in pairwise(names))
@@ -65,10 +66,17 @@ def test_what_followed_the_questions_tokens_in_the_fact_is_the_answer(task, toke
             question, fact = tokens[begin : asked.answer[0]], tokens[slice(*asked.facts[-1])]
             if task == "vartrace":
                 key = tokenizer.encode(f" {tokenizer.decode(question).split()[1]}").tolist()
-                assert question[-len(key) :] == key
-                assert key in [fact[i : i + len(key)] for i in range(len(fact))]
+                assert all(key in [of[i : i + len(key)] for i in range(len(of))] for of in (question, fact))
             else:
                 assert fact == [*question, *tokens[slice(*asked.answer)], newline]
+
+
+def test_facts_of_every_form_are_asked_for_up_to_their_value(tokenizer, monkeypatch):
+    for form in load_script("recall_forms", monkeypatch).FORMS.values():
+        for task in ("needle", "multikey"):
+            for document in made(task, tokenizer, words=form):
+                begin, end = document.asked[0].facts[0]
+                assert np.array_equal(document.tokens[begin - end :], document.tokens[begin:end])
 
 
 def test_a_multikey_quiz_has_many_facts_of_one_form(tokenizer):
@@ -80,7 +88,7 @@ def test_a_multikey_quiz_has_many_facts_of_one_form(tokenizer):
 @pytest.mark.parametrize("task", KINDS)
 def test_the_words_of_training_can_be_asked_with(task, tokenizer):
     few = {"depths": 1, "samples": 1}
-    text = {words: tokenizer.decode(made(task, tokenizer, **few, words=words)[0].tokens) for words in WORDS}
+    text = {words: tokenizer.decode(made(task, tokenizer, **few, words=WORDS[words])[0].tokens) for words in WORDS}
     for words, of in WORDS.items():
         asked = text[words].split("\n")[-2]
         assert asked.startswith((of.trace if task == "vartrace" else of.needle).partition("{")[0])
