@@ -49,12 +49,12 @@ class Job:
     overrides: tuple[str, ...]
     config: Config
     tasks: tuple[str, ...]  # of `nsa-train eval`
-    lengths: tuple[str, ...]  # words of it
+    how: tuple[str, ...]  # words of it: lengths and samples
     file: Path | None  # that keeps it
 
     @staticmethod
     def of(
-        name: str, *overrides: str, tasks: Iterable[str] = (), lengths: Iterable[str] = (), keep: Path | None = None
+        name: str, *overrides: str, tasks: Iterable[str] = (), how: Iterable[str] = (), keep: Path | None = None
     ) -> Job:
         """`name` follows the experiment's in the run's. Tasks that the arm does not fit are left out.
 
@@ -73,7 +73,7 @@ class Job:
                 raise RunFolderError(
                     f"{file} keeps a run with another configuration; choose another --keep:\n" + "\n".join(lines)
                 )
-        return Job(words, config, asked, tuple(lengths), file)
+        return Job(words, config, asked, tuple(how), file)
 
     def command(self) -> list[str]:
         """What is to be done next, of `nsa-train`; empty: nothing."""
@@ -81,14 +81,18 @@ class Job:
             return [] if self.kept else ["train", *self.overrides]
         run = self.config.run_dir
         left = [task for task in self.tasks if not self._answered(run / "eval" / f"{task}.json")]
-        return ["eval", str(run), f"task={','.join(left)}", *self.lengths] if left else []
+        return ["eval", str(run), f"task={','.join(left)}", *self.how] if left else []
 
     def _answered(self, file: Path) -> bool:
-        """Whether a task has its answers, of quizzes and `heldout` at every length that is asked for."""
+        """Whether a task has its answers, of quizzes and `heldout` at every length and with the samples asked for."""
         if not file.exists() or file.stem in (BLOCKS, MAPS):
             return file.exists()
-        there = {row.get("length") for row in answers_there(file) if "corpus_hash" in row.get("settings", ())}
-        return there >= {*Options.parse([f"task={file.stem}", *self.lengths]).lengths}
+        wanted, there = Options.parse([f"task={file.stem}", *self.how]), set()
+        for row in answers_there(file):
+            settings = row.get("settings", {})
+            if "corpus_hash" in settings and settings.get("samples") == wanted.samples:
+                there.add(row.get("length"))
+        return bool(there) and there >= {*wanted.lengths}
 
     def keep(self) -> None:
         """The run as far as it has come, with the evaluations that there are; says so where it cannot be kept."""
@@ -273,7 +277,7 @@ def _final_loss(job: Job) -> float | None:
 def run(queue: Queue, args: argparse.Namespace) -> int:
     """Train each arm with each seed, then compare."""
     rates = _rates(Rates.read(args.rates), args) if args.rates else {}
-    lengths = [f"lengths={args.lengths}"] if args.lengths else []
+    how = [f"{key}={value}" for key in ("lengths", "samples") if (value := getattr(args, key))]
     experiment, jobs = load_config(args.set).experiment, []
     for seed in dict.fromkeys(args.seeds):
         for arm in dict.fromkeys(args.arms):
@@ -282,11 +286,11 @@ def run(queue: Queue, args: argparse.Namespace) -> int:
             name = f"{arm}-seed{seed}"
             if args.start_from:
                 words.append(f"init_from={args.start_from / f'{experiment}-{name}'}")
-            jobs.append(Job.of(name, *words, tasks=args.eval, lengths=lengths, keep=args.keep))
+            jobs.append(Job.of(name, *words, tasks=args.eval, how=how, keep=args.keep))
     _check_sources(jobs)
     results.safe_name(args.name or experiment)  # and what else would be found wrong only after the training
     read_gates(args.gates, [job.config for job in jobs])
-    options = Options.parse([f"task={','.join(args.eval or TASKS)}", *lengths])
+    options = Options.parse([f"task={','.join(args.eval or TASKS)}", *how])
     for job in jobs:
         check_lengths(options, job.config)
     queue.train(jobs)
@@ -331,6 +335,8 @@ def main() -> int:
     about = f"of `nsa-train eval`, for every run that it fits: {', '.join(TASKS)}"
     trained.add_argument("--eval", nargs="+", default=[], choices=TASKS, metavar="TASK", help=about)
     trained.add_argument("--lengths", metavar="N,N", help="of these tasks; what has all of them is not asked again")
+    about = "of these tasks, default 20; what was asked with as many is not asked again"
+    trained.add_argument("--samples", metavar="N", help=about)
     about = "of files that keep runs: those that it has are not trained, and those that end are kept there"
     trained.add_argument("--keep", type=Path, metavar="FOLDER", help=about)
     trained.add_argument("--name", help="of the report; default: the experiment's")

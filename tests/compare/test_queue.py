@@ -87,7 +87,8 @@ def test_a_rate_that_diverges_is_worse_than_any(tmp_path):
 def test_finished_runs_are_asked_and_compared_even_where_they_cannot_answer(tmp_path):
     names = {arm: make_run(tmp_path, arm, overrides=[f"name=tiny-{arm}-seed0", *SWEEP]) for arm in ("full", "nsa")}
     (names["full"] / "eval").mkdir()
-    (names["full"] / "eval" / "needle.json").write_text('{"rows": []}')
+    answer = {"what": "summary", "task": "needle", "length": 512, "settings": {"corpus_hash": "c", "samples": 20}}
+    (names["full"] / "eval" / "needle.json").write_text(json.dumps({"rows": [answer | {"samples": 0}]}))
     done = start("run", "--arms", *names, "--eval", "needle", "--out", tmp_path / "out", "--set", *SWEEP,
                  f"runs_dir={tmp_path}")  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -122,6 +123,7 @@ def test_a_task_that_there_is_not_is_told_before_training(tmp_path):
         (["--gates", "missing.json"], "--gates missing.json: cannot be read"),
         (["--name", "a/b"], "--name 'a/b' may hold letters"),
         (["--lengths", "8k"], "lengths=8k must be numbers from 1 on"),
+        (["--samples", "few"], "samples=few must be a number from 1 on"),
         (["--lengths", "256,99999999"], "lengths=99999999 is beyond the model's max_seq_len"),
     ],
 )
@@ -191,21 +193,22 @@ def test_runs_are_kept_with_their_answers_and_not_repeated_where_only_the_files_
     assert "keeps a run with another configuration; choose another --keep:\n  trainer.steps: 6 there, 7" in done.stderr
 
 
-def test_answers_at_some_of_the_lengths_are_not_all(tmp_path, monkeypatch):
+def test_answers_at_some_of_the_lengths_or_with_other_samples_are_not_all(tmp_path, monkeypatch):
     arms = load_script("compare_arms", monkeypatch)
     run = make_run(tmp_path, "nsa", overrides=["name=tiny-nsa-seed0", *SWEEP])
     (run / "eval").mkdir()
     for task in ("needle", "maps"):
         (run / "eval" / f"{task}.json").write_text(
-            json.dumps({"rows": [{"task": task, "length": 512, "settings": {"corpus_hash": "c"}}]})
+            json.dumps({"rows": [{"task": task, "length": 512, "settings": {"corpus_hash": "c", "samples": 20}}]})
         )
 
-    def left(*lengths):
+    def left(*how):
         words = [*SWEEP, f"runs_dir={tmp_path}", "attention=nsa"]
-        return arms.Job.of("nsa-seed0", *words, tasks=["needle", "maps"], lengths=lengths).command()
+        return arms.Job.of("nsa-seed0", *words, tasks=["needle", "maps"], how=how).command()
 
     assert left() == left("lengths=512") == []
     assert left("lengths=512,1024") == ["eval", str(run), "task=needle", "lengths=512,1024"]
+    assert left("samples=5") == ["eval", str(run), "task=needle", "samples=5"]
 
 
 def test_a_file_of_another_run_is_left_and_told(tmp_path):
