@@ -49,12 +49,12 @@ class Job:
     overrides: tuple[str, ...]
     config: Config
     tasks: tuple[str, ...]  # of `nsa-train eval`
-    how: tuple[str, ...]  # words of it: lengths and samples
+    eval_words: tuple[str, ...]  # of it: lengths and samples
     file: Path | None  # that keeps it
 
     @staticmethod
     def of(
-        name: str, *overrides: str, tasks: Iterable[str] = (), how: Iterable[str] = (), keep: Path | None = None
+        name: str, *overrides: str, tasks: Iterable[str] = (), eval_words: Iterable[str] = (), keep: Path | None = None
     ) -> Job:
         """`name` follows the experiment's in the run's. Tasks that the arm does not fit are left out.
 
@@ -73,7 +73,7 @@ class Job:
                 raise RunFolderError(
                     f"{file} keeps a run with another configuration; choose another --keep:\n" + "\n".join(lines)
                 )
-        return Job(words, config, asked, tuple(how), file)
+        return Job(words, config, asked, tuple(eval_words), file)
 
     def command(self) -> list[str]:
         """What is to be done next, of `nsa-train`; empty: nothing."""
@@ -81,18 +81,26 @@ class Job:
             return [] if self.kept else ["train", *self.overrides]
         run = self.config.run_dir
         left = [task for task in self.tasks if not self._answered(run / "eval" / f"{task}.json")]
-        return ["eval", str(run), f"task={','.join(left)}", *self.how] if left else []
+        return ["eval", str(run), f"task={','.join(left)}", *self.eval_words] if left else []
 
     def _answered(self, file: Path) -> bool:
-        """Whether a task has its answers, of quizzes and `heldout` at every length and with the samples asked for."""
-        if not file.exists() or file.stem in (BLOCKS, MAPS):
-            return file.exists()
-        wanted, there = Options.parse([f"task={file.stem}", *self.how]), set()
+        """Whether a task has its answers, of quizzes and `heldout` at every length that is asked for.
+
+        Where `samples` are asked for, those with other ones count for nothing, nor do quizzes of other depths.
+        """
+        if not file.exists():
+            return False
+        wanted, figure = Options.parse([f"task={file.stem}", *self.eval_words]), file.stem in (BLOCKS, MAPS)
+        strict = any(word.startswith("samples=") for word in self.eval_words)
+        alike = {"samples": wanted.samples, "depths": wanted.depths} if strict else {}
+        there = set()
         for row in answers_there(file):
             settings = row.get("settings", {})
-            if "corpus_hash" in settings and settings.get("samples") == wanted.samples:
+            if (figure or "corpus_hash" in settings) and all(
+                settings.get(key, alike[key]) == alike[key] for key in alike
+            ):
                 there.add(row.get("length"))
-        return bool(there) and there >= {*wanted.lengths}
+        return bool(there) and (figure or there >= {*wanted.lengths})
 
     def keep(self) -> None:
         """The run as far as it has come, with the evaluations that there are; says so where it cannot be kept."""
@@ -277,7 +285,7 @@ def _final_loss(job: Job) -> float | None:
 def run(queue: Queue, args: argparse.Namespace) -> int:
     """Train each arm with each seed, then compare."""
     rates = _rates(Rates.read(args.rates), args) if args.rates else {}
-    how = [f"{key}={value}" for key in ("lengths", "samples") if (value := getattr(args, key))]
+    eval_words = [f"{key}={value}" for key in ("lengths", "samples") if (value := getattr(args, key))]
     experiment, jobs = load_config(args.set).experiment, []
     for seed in dict.fromkeys(args.seeds):
         for arm in dict.fromkeys(args.arms):
@@ -286,11 +294,11 @@ def run(queue: Queue, args: argparse.Namespace) -> int:
             name = f"{arm}-seed{seed}"
             if args.start_from:
                 words.append(f"init_from={args.start_from / f'{experiment}-{name}'}")
-            jobs.append(Job.of(name, *words, tasks=args.eval, how=how, keep=args.keep))
+            jobs.append(Job.of(name, *words, tasks=args.eval, eval_words=eval_words, keep=args.keep))
     _check_sources(jobs)
     results.safe_name(args.name or experiment)  # and what else would be found wrong only after the training
     read_gates(args.gates, [job.config for job in jobs])
-    options = Options.parse([f"task={','.join(args.eval or TASKS)}", *how])
+    options = Options.parse([f"task={','.join(args.eval or TASKS)}", *eval_words])
     for job in jobs:
         check_lengths(options, job.config)
     queue.train(jobs)
@@ -335,7 +343,7 @@ def main() -> int:
     about = f"of `nsa-train eval`, for every run that it fits: {', '.join(TASKS)}"
     trained.add_argument("--eval", nargs="+", default=[], choices=TASKS, metavar="TASK", help=about)
     trained.add_argument("--lengths", metavar="N,N", help="of these tasks; what has all of them is not asked again")
-    about = "of these tasks, default 20; what was asked with as many is not asked again"
+    about = f"as of `nsa-train eval`, default {Options.samples}; what was asked with others is asked again"
     trained.add_argument("--samples", metavar="N", help=about)
     about = "of files that keep runs: those that it has are not trained, and those that end are kept there"
     trained.add_argument("--keep", type=Path, metavar="FOLDER", help=about)

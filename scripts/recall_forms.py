@@ -3,7 +3,7 @@
 python scripts/recall_forms.py runs/r1-full-seed0 runs/r1-nsa-seed0
 
 As `nsa-train eval task=needle,multikey`, with facts of other forms, beside those that recall documents teach (`train`)
-and quizzes ask for (`heldout`). Each run's findings replace its earlier ones in --out.
+and quizzes ask for (`heldout`). Findings go into <out>/recall_by_form.json, a run's in place of its earlier ones.
 """
 
 from __future__ import annotations
@@ -11,65 +11,86 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from nsa_train import runtime
 from nsa_train.bench import results
-from nsa_train.data.recall import CONSONANTS, WORDS, Words, constant
-from nsa_train.errors import NsaTrainError
-from nsa_train.evaluate.command import heldout_store, opened, real_texts
+from nsa_train.config.schema import Config
+from nsa_train.data.recall import CONSONANTS, WORDS, Words, constant, five_digits
+from nsa_train.errors import ConfigError, NsaTrainError
+from nsa_train.evaluate.command import Options, check_lengths, heldout_store, opened, real_texts, stretch
 from nsa_train.evaluate.grid import answers, summary
 from nsa_train.evaluate.questions import Quizzes
 from nsa_train.train.folder import read_config
 
-
-def of(needle: str, **makers: Any) -> Words:
-    """Facts of one line; other letters begin no key of another form."""
-    return Words(CONSONANTS, needle, "", "", "", **makers)
+NAME = "recall_by_form"
 
 
-def digits(count: int) -> Any:
+def digits(count: int) -> Callable[[random.Random], str]:
     return lambda draw: str(draw.randrange(10 ** (count - 1), 10**count))
 
 
-def small(draw: random.Random, first: str = CONSONANTS) -> str:
+def any_constant(draw: random.Random, first: str = CONSONANTS) -> str:
+    return constant(draw, first)
+
+
+def variable(draw: random.Random, first: str = CONSONANTS) -> str:
     return constant(draw, first).lower()
 
 
-def name(draw: random.Random, first: str) -> str:
+def person(draw: random.Random, first: str = CONSONANTS) -> str:
     return constant(draw, first).split("_")[0].capitalize()
+
+
+def hexadecimal(draw: random.Random) -> str:
+    return f"0x{draw.getrandbits(32):08x}"
+
+
+def told_as(
+    line: str, key: Callable[[random.Random, str], str] = constant, value: Callable[[random.Random], str] = five_digits
+) -> Words:
+    return Words(CONSONANTS, line, "", "", "", key, value)
 
 
 FORMS = {
     **WORDS,
-    "define, 2 digits": of("#define {key} {value}", value=digits(2)),
-    "define, 7 digits": of("#define {key} {value}", value=digits(7)),
-    "define, hexadecimal": of("#define {key} {value}", value=lambda draw: f"0x{draw.getrandbits(32):08x}"),
-    "define, name": of("#define {key} {value}", value=lambda draw: constant(draw, CONSONANTS)),
-    "assignment": of("\t{key} = {value}", key=small),
-    "assignment of a name": of("\t{key} = {value}", key=small, value=small),
-    "structure": of("struct {key} {value}", key=small, value=small),
-    "sentence": of("One of the special magic numbers for {key} is: {value}", key=name, value=digits(7)),
-    "person": of("My name is {key} {value}", key=name, value=lambda draw: name(draw, CONSONANTS)),
+    "define, 2 digits": told_as("#define {key} {value}", value=digits(2)),
+    "define, 7 digits": told_as("#define {key} {value}", value=digits(7)),
+    "define, hexadecimal": told_as("#define {key} {value}", value=hexadecimal),
+    "define, name": told_as("#define {key} {value}", value=any_constant),
+    "assignment": told_as("\t{key} = {value}", variable),
+    "assignment of a name": told_as("\t{key} = {value}", variable, variable),
+    "structure": told_as("struct {key} {value}", variable, variable),
+    "sentence": told_as("One of the special magic numbers for {key} is: {value}", person, digits(7)),
+    "person": told_as("My name is {key} {value}", person, person),
 }
 
 
-def rows(run: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    config = read_config(run)
+def rows(run: Path, config: Config, options: Options) -> Iterator[dict[str, Any]]:
+    """A summary of each form, task and length; `error` in its place where a document of that form does not fit."""
     model, tokenizer = opened(run)
-    quizzes = Quizzes(tokenizer, real_texts(heldout_store(config), tokenizer, config.model.max_seq_len))
+    store = heldout_store(config)
+    quizzes = Quizzes(tokenizer, real_texts(store, tokenizer, config.model.max_seq_len))
+    settings = {"depths": options.depths, "samples": options.samples, "corpus_hash": store.hash}
+    trained, batch_tokens = model.rope_factor, config.trainer.micro_rows * config.trainer.seq_len
     for form, words in FORMS.items():
+        fact = words.needle.format(key=words.key(draw := random.Random(0), words.keys), value=words.value(draw))
         for task in ("needle", "multikey"):
-            for length in args.lengths:
-                asked = quizzes.documents(task, length, args.depths, args.samples, words)
-                found = summary(list(answers(model, asked, config.attention, args.batch_tokens)), length)
-                fact = words.needle.format(key=words.key(draw := random.Random(0), words.keys), value=words.value(draw))
-                yield {"run": run.name, "arm": config.arm, "form": form, "fact": fact.strip(), "task": task, **found}
+            for length in options.lengths:
+                facts = {"run": str(run), "arm": config.arm, "form": form, "fact": fact, "task": task}
+                factor = stretch(model, config, length, trained)
+                asked = quizzes.documents(task, length, options.depths, options.samples, words)
+                try:
+                    found = summary(list(answers(model, asked, config.attention, batch_tokens)), length)
+                except ConfigError as error:
+                    yield facts | {"length": length, "error": str(error)}
+                    continue
+                yield facts | {"settings": settings, "rope_factor": factor, **found}
                 if found["samples"]:
                     runtime.log.info(
-                        "%s, %s: %s, %s tokens: %.0f%% right, loss %.3f, of %d", run.name, form, task, f"{length:,}",
+                        "%s, %s: %s, %s tokens: %.0f%% right, loss %.3f, of %d", run, form, task, f"{length:,}",
                         100 * found["accuracy"], found["loss"], found["samples"],
                     )  # fmt: skip
 
@@ -77,17 +98,23 @@ def rows(run: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192])
-    parser.add_argument("--depths", type=int, default=11)
-    parser.add_argument("--samples", type=int, default=3, help="questions of each depth")
-    parser.add_argument("--batch-tokens", type=int, default=131072, help="in a forward pass, at most")
-    parser.add_argument("--out", type=Path, default=Path("runs/recall_forms.json"))
+    parser.add_argument("--lengths", default="1024,2048,4096,8192", metavar="N,N")
+    parser.add_argument("--depths", default="11", metavar="N")
+    parser.add_argument("--samples", default="3", metavar="N", help="questions of each depth")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the findings")
     args = parser.parse_args()
     runtime.setup_console()
+    file = args.out / f"{NAME}.json"
     try:
-        for run in args.runs:
-            found = results.with_earlier(args.out, list(rows(run, args)), lambda row: row["run"])
-            print(results.write_result(args.out.stem, "recall_forms", found, folder=args.out.parent))
+        words = (f"{key}={getattr(args, key)}" for key in ("lengths", "depths", "samples"))
+        options = Options.parse(["task=needle", *words])
+        configs = {run: read_config(run) for run in args.runs}
+        for config in configs.values():
+            check_lengths(options, config)
+        results.with_earlier(file, [], lambda row: row["run"])  # before anything is asked
+        for run, config in configs.items():
+            found = results.with_earlier(file, list(rows(run, config, options)), lambda row: row["run"])
+            print(results.write_result(NAME, NAME, found, folder=args.out))
     except NsaTrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

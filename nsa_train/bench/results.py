@@ -65,10 +65,16 @@ def source(commit: str | None) -> dict[str, Any]:
 def with_earlier(
     path: Path, rows: list[dict[str, Any]], key_of: Callable[[dict[str, Any]], Hashable]
 ) -> list[dict[str, Any]]:
-    """`rows` behind those of an earlier file that have another key: one command measures a part of a table."""
-    earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+    """`rows` behind those of an earlier file that have another key: one command measures a part of a table.
+
+    Raises NsaTrainError where the file cannot be read.
+    """
     new = {key_of(row) for row in rows}
-    return [*(row for row in earlier if key_of(row) not in new), *rows]
+    try:
+        earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+        return [*(row for row in earlier if key_of(row) not in new), *rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise NsaTrainError(f"{path}: no earlier results ({error!r}); delete or move it") from error
 
 
 def write_result(

@@ -37,16 +37,15 @@ def constant(draw: random.Random, first: str) -> str:
     return "".join([*syllables[:3], "_", *syllables[3:]])
 
 
-def number(draw: random.Random) -> str:
-    """Five digits."""
+def five_digits(draw: random.Random) -> str:
     return str(draw.randint(LEAST_VALUE, MOST_VALUE))
 
 
 class Words(NamedTuple):
-    """What the documents of one split are made of; no key and no template occurs in the other split.
+    """What facts are made of. Of the two splits no key and no template occurs in the other one.
 
-    A key stands behind a space wherever it is told or asked for, and a value behind it at the end of its line, so that
-    a tokenizer gives both the same tokens in a question as in its fact.
+    A key stands behind a space or a tab wherever it is told or asked for, and a value behind it and a space at the end
+    of its line, so that a tokenizer which splits there gives both the same tokens in a question as in its fact.
     """
 
     keys: str  # first letters of keys and variables
@@ -55,7 +54,7 @@ class Words(NamedTuple):
     copy: str  # template of a variable that is another's, in the words of `assign`
     trace: str  # question for a variable at the end of a chain: its first hop is what followed the key before
     key: Callable[[random.Random, str], str] = constant  # one, by its first letters
-    value: Callable[[random.Random], str] = number
+    value: Callable[[random.Random], str] = five_digits
 
 
 WORDS = {

@@ -67,15 +67,16 @@ class Options:
             key, _, value = word.partition("=")
             if key not in known:
                 raise ConfigError(f"eval: {word!r} is none of {', '.join(f'{name}=' for name in known)}")
-            numbers = value.strip("[]").split(",")
+            several = key in ("task", "lengths")
+            numbers = value.strip("[]").split(",") if several else [value]
             if key == "task":
                 found[key] = tuple(numbers)
             elif key == "words":
                 found[key] = value
             elif not all(number.isdecimal() and int(number) > 0 for number in numbers):
-                raise ConfigError(f"eval: {word} must be {'numbers' if key == 'lengths' else 'a number'} from 1 on")
+                raise ConfigError(f"eval: {word} must be {'numbers' if several else 'a number'} from 1 on")
             else:
-                found[key] = tuple(map(int, numbers)) if key == "lengths" else int(value)
+                found[key] = tuple(map(int, numbers)) if several else int(value)
         options = Options(**found)
         if unknown := [task for task in options.task or ("",) if task not in TASKS]:
             raise ConfigError(f"eval: task={','.join(unknown)} is no task; say task= some of {', '.join(TASKS)}")
@@ -190,7 +191,7 @@ def opened(folder: Path) -> tuple[Transformer, Tokenizer]:
     return model, Tokenizer.load(export / MODEL_FILE if (export / MODEL_FILE).is_file() else export)
 
 
-def _stretch(model: Transformer, config: Config, length: int, trained: float) -> float:
+def stretch(model: Transformer, config: Config, length: int, trained: float) -> float:
     """Set and give YaRN's factor for a length: the run's own, or more where rows are longer than those of training."""
     longer = length > stages_of(config)[-1].seq_len
     model.rope_factor = max(trained, math.ceil(length / model.config.rope_trained_len)) if longer else trained
@@ -206,7 +207,7 @@ def _grid(
     batch_tokens, trained = config.trainer.micro_rows * config.trainer.seq_len, model.rope_factor
     settings = {"depths": options.depths, "samples": options.samples, "corpus_hash": corpus_hash}
     for length in lengths:
-        factor = _stretch(model, config, length, trained)
+        factor = stretch(model, config, length, trained)
         documents = quizzes.documents(task, length, options.depths, options.samples, WORDS[options.words])
         found = list(answers(model, documents, config.attention, batch_tokens))
         yield from ({"what": "cell", "task": name, **cell} for cell in cells(found, length, options.depths))
@@ -252,7 +253,7 @@ def _heldout(model: Transformer, config: Config, lengths: Sequence[int], samples
     documents = longest_documents(store.lengths, most, samples * most)
     settings = {"samples": samples, "corpus_hash": store.hash}
     for length in lengths:
-        factor = _stretch(model, config, length, trained)
+        factor = stretch(model, config, length, trained)
         found = losses_in_rows(model, store, documents, most, length, config.trainer)
         runtime.log.info(
             "held-out loss %.4f in rows of %s tokens, %s labels of %d documents, by position %s", found["loss"],
@@ -274,7 +275,7 @@ def _blocks(
     store, spec, trained, rows = heldout_store(config), spec_of(config.attention), model.rope_factor, []
     settings = {"samples": samples, "corpus_hash": store.hash}
     for length in sorted(lengths):
-        factor = _stretch(model, config, length, trained)
+        factor = stretch(model, config, length, trained)
         batches = _loader(store, config, length, factor).sequential(samples, 0, 1, 1)
         counts, chosen = count_blocks(model, batches, length, spec)
         if not counts.queries:
@@ -301,7 +302,7 @@ def _blocks(
 def _maps(model: Transformer, config: Config, length: int, samples: int, figure: Path) -> list[dict[str, Any]]:
     """Of the longest document of the first rows."""
     store = heldout_store(config)
-    factor = _stretch(model, config, length, model.rope_factor)
+    factor = stretch(model, config, length, model.rope_factor)
     rows = _loader(store, config, length, factor).sequential(samples, 0, 1, 1)
     document = max((row.tokens[span] for row in rows for span in row.document_spans()), key=len)
     found = attention_maps(model, document, spec_of(config.attention))

@@ -105,5 +105,5 @@ class Quizzes:
         """Question and answer, tokens [n] each. A token of space alone is the question's: it is no part of recall
         whether a model expects a space there or, as in much code, a tab."""
         question, answer = self._tokenizer.encode(query.question), self._tokenizer.encode(query.answer)
-        spaces = next(i for i in range(len(answer)) if self._tokenizer.decode(answer[: i + 1]).strip())
+        spaces = next((i for i in range(len(answer)) if self._tokenizer.decode(answer[: i + 1]).strip()), 0)
         return np.concatenate([question, answer[:spaces]]), answer[spaces:]

@@ -123,7 +123,7 @@ def test_a_task_that_there_is_not_is_told_before_training(tmp_path):
         (["--gates", "missing.json"], "--gates missing.json: cannot be read"),
         (["--name", "a/b"], "--name 'a/b' may hold letters"),
         (["--lengths", "8k"], "lengths=8k must be numbers from 1 on"),
-        (["--samples", "few"], "samples=few must be a number from 1 on"),
+        (["--samples", "4,5"], "samples=4,5 must be a number from 1 on"),
         (["--lengths", "256,99999999"], "lengths=99999999 is beyond the model's max_seq_len"),
     ],
 )
@@ -197,18 +197,19 @@ def test_answers_at_some_of_the_lengths_or_with_other_samples_are_not_all(tmp_pa
     arms = load_script("compare_arms", monkeypatch)
     run = make_run(tmp_path, "nsa", overrides=["name=tiny-nsa-seed0", *SWEEP])
     (run / "eval").mkdir()
+    settings = {"corpus_hash": "c", "samples": 20, "depths": 21}
     for task in ("needle", "maps"):
-        (run / "eval" / f"{task}.json").write_text(
-            json.dumps({"rows": [{"task": task, "length": 512, "settings": {"corpus_hash": "c", "samples": 20}}]})
-        )
+        rows = [{"task": task, "length": 512, "settings": settings}]
+        (run / "eval" / f"{task}.json").write_text(json.dumps({"rows": rows}))
 
-    def left(*how):
+    def left(*eval_words):
         words = [*SWEEP, f"runs_dir={tmp_path}", "attention=nsa"]
-        return arms.Job.of("nsa-seed0", *words, tasks=["needle", "maps"], how=how).command()
+        return arms.Job.of("nsa-seed0", *words, tasks=["needle", "maps"], eval_words=eval_words).command()
 
     assert left() == left("lengths=512") == []
     assert left("lengths=512,1024") == ["eval", str(run), "task=needle", "lengths=512,1024"]
-    assert left("samples=5") == ["eval", str(run), "task=needle", "samples=5"]
+    assert left("samples=20") == []
+    assert left("samples=5") == ["eval", str(run), "task=needle,maps", "samples=5"]
 
 
 def test_a_file_of_another_run_is_left_and_told(tmp_path):

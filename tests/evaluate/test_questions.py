@@ -75,8 +75,11 @@ def test_facts_of_every_form_are_asked_for_up_to_their_value(tokenizer, monkeypa
     for form in load_script("recall_forms", monkeypatch).FORMS.values():
         for task in ("needle", "multikey"):
             for document in made(task, tokenizer, words=form):
-                begin, end = document.asked[0].facts[0]
+                (asked,) = document.asked
+                begin, end = asked.facts[0]
                 assert np.array_equal(document.tokens[begin - end :], document.tokens[begin:end])
+                value = tokenizer.decode(document.tokens[slice(*asked.answer)])
+                assert value.strip() == tokenizer.decode(document.tokens[begin:end]).split()[-1]
 
 
 def test_a_multikey_quiz_has_many_facts_of_one_form(tokenizer):
