@@ -93,13 +93,11 @@ class Job:
         wanted, figure = Options.parse([f"task={file.stem}", *self.eval_words]), file.stem in (BLOCKS, MAPS)
         strict = any(word.startswith("samples=") for word in self.eval_words)
         alike = {"samples": wanted.samples, "depths": wanted.depths} if strict else {}
-        there = set()
-        for row in answers_there(file):
-            settings = row.get("settings", {})
-            if (figure or "corpus_hash" in settings) and all(
-                settings.get(key, alike[key]) == alike[key] for key in alike
-            ):
-                there.add(row.get("length"))
+        there = {
+            row.get("length") for row in answers_there(file)
+            if (figure or "corpus_hash" in row.get("settings", ()))
+            and alike.items() <= (alike | row.get("settings", {})).items()
+        }  # fmt: skip
         return bool(there) and (figure or there >= {*wanted.lengths})
 
     def keep(self) -> None:

@@ -20,8 +20,7 @@ from nsa_train.bench import results
 from nsa_train.config.schema import Config
 from nsa_train.data.recall import CONSONANTS, WORDS, Words, constant, five_digits
 from nsa_train.errors import ConfigError, NsaTrainError
-from nsa_train.evaluate.command import Options, check_lengths, heldout_store, opened, real_texts, stretch
-from nsa_train.evaluate.grid import answers, summary
+from nsa_train.evaluate.command import Options, ask, check_lengths, heldout_store, opened, real_texts
 from nsa_train.evaluate.questions import Quizzes
 from nsa_train.train.folder import read_config
 
@@ -30,10 +29,6 @@ NAME = "recall_by_form"
 
 def digits(count: int) -> Callable[[random.Random], str]:
     return lambda draw: str(draw.randrange(10 ** (count - 1), 10**count))
-
-
-def any_constant(draw: random.Random, first: str = CONSONANTS) -> str:
-    return constant(draw, first)
 
 
 def variable(draw: random.Random, first: str = CONSONANTS) -> str:
@@ -59,7 +54,7 @@ FORMS = {
     "define, 2 digits": told_as("#define {key} {value}", value=digits(2)),
     "define, 7 digits": told_as("#define {key} {value}", value=digits(7)),
     "define, hexadecimal": told_as("#define {key} {value}", value=hexadecimal),
-    "define, name": told_as("#define {key} {value}", value=any_constant),
+    "define, name": told_as("#define {key} {value}", value=constant),
     "assignment": told_as("\t{key} = {value}", variable),
     "assignment of a name": told_as("\t{key} = {value}", variable, variable),
     "structure": told_as("struct {key} {value}", variable, variable),
@@ -73,26 +68,20 @@ def rows(run: Path, config: Config, options: Options) -> Iterator[dict[str, Any]
     model, tokenizer = opened(run)
     store = heldout_store(config)
     quizzes = Quizzes(tokenizer, real_texts(store, tokenizer, config.model.max_seq_len))
-    settings = {"depths": options.depths, "samples": options.samples, "corpus_hash": store.hash}
-    trained, batch_tokens = model.rope_factor, config.trainer.micro_rows * config.trainer.seq_len
+    trained = model.rope_factor
     for form, words in FORMS.items():
         fact = words.needle.format(key=words.key(draw := random.Random(0), words.keys), value=words.value(draw))
         for task in ("needle", "multikey"):
             for length in options.lengths:
-                facts = {"run": str(run), "arm": config.arm, "form": form, "fact": fact, "task": task}
-                factor = stretch(model, config, length, trained)
-                asked = quizzes.documents(task, length, options.depths, options.samples, words)
+                model.rope_factor = trained
+                facts = {"run": str(run), "form": form, "fact": fact, "task": task}
+                name = f"{run}, {form}: {task}"
                 try:
-                    found = summary(list(answers(model, asked, config.attention, batch_tokens)), length)
+                    found = list(ask(task, name, words, model, quizzes, store.hash, config, (length,), options))
                 except ConfigError as error:
-                    yield facts | {"length": length, "error": str(error)}
-                    continue
-                yield facts | {"settings": settings, "rope_factor": factor, **found}
-                if found["samples"]:
-                    runtime.log.info(
-                        "%s, %s: %s, %s tokens: %.0f%% right, loss %.3f, of %d", run, form, task, f"{length:,}",
-                        100 * found["accuracy"], found["loss"], found["samples"],
-                    )  # fmt: skip
+                    yield facts | {"arm": config.arm, "length": length, "error": str(error)}
+                else:
+                    yield found[-1] | facts
 
 
 def main() -> int:

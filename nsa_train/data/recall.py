@@ -30,7 +30,7 @@ CONSONANTS, VOWELS = "BCDFGHJKLMNPRSTVWZ", "AEIOU"  # of keys
 LEAST_VALUE, MOST_VALUE = 10_000, 99_999
 
 
-def constant(draw: random.Random, first: str) -> str:
+def constant(draw: random.Random, first: str = CONSONANTS) -> str:
     """A name of two made-up words of three syllables, which begins with one of the letters `first`."""
     consonants = [draw.choice(first), *draw.choices(CONSONANTS, k=5)]
     syllables = [consonant + draw.choice(VOWELS) for consonant in consonants]

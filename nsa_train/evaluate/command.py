@@ -20,7 +20,7 @@ from nsa_train.bench.trained import BLOCKS_FILE, TrainedBlocks
 from nsa_train.config.schema import AttentionConfig, Config
 from nsa_train.data.loader import Loader
 from nsa_train.data.prepare import prepare
-from nsa_train.data.recall import WORDS
+from nsa_train.data.recall import WORDS, Words
 from nsa_train.data.recall import answers as asked_in
 from nsa_train.data.stages import Stage, stages_of
 from nsa_train.data.store import TokenStore
@@ -143,7 +143,8 @@ def main(arguments: list[str]) -> int:
         elif task == MAPS:
             found = _maps(model, config, lengths[0], options.samples, figure)
         else:
-            found = list(_grid(task, model, quizzes, store.hash, config, lengths, options))
+            name, words = options.name_of(task), WORDS[options.words]
+            found = list(ask(task, name, words, model, quizzes, store.hash, config, lengths, options))
         rows = _with_earlier(path, found)
         if task in KINDS:
             plot_grids({f"{config.name}: {path.stem}": [row for row in rows if row["what"] == "cell"]}, figure)
@@ -191,24 +192,23 @@ def opened(folder: Path) -> tuple[Transformer, Tokenizer]:
     return model, Tokenizer.load(export / MODEL_FILE if (export / MODEL_FILE).is_file() else export)
 
 
-def stretch(model: Transformer, config: Config, length: int, trained: float) -> float:
+def _stretch(model: Transformer, config: Config, length: int, trained: float) -> float:
     """Set and give YaRN's factor for a length: the run's own, or more where rows are longer than those of training."""
     longer = length > stages_of(config)[-1].seq_len
     model.rope_factor = max(trained, math.ceil(length / model.config.rope_trained_len)) if longer else trained
     return model.rope_factor
 
 
-def _grid(
-    task: str, model: Transformer, quizzes: Quizzes, corpus_hash: str, config: Config, lengths: Sequence[int],
-    options: Options,
+def ask(
+    task: str, name: str, words: Words, model: Transformer, quizzes: Quizzes, corpus_hash: str, config: Config,
+    lengths: Sequence[int], options: Options,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Rows of cells, and a summary of each length."""
-    name = options.name_of(task)
+    """Answers to quizzes of a task in these words: rows of cells, and a summary of each length, all under `name`."""
     batch_tokens, trained = config.trainer.micro_rows * config.trainer.seq_len, model.rope_factor
     settings = {"depths": options.depths, "samples": options.samples, "corpus_hash": corpus_hash}
     for length in lengths:
-        factor = stretch(model, config, length, trained)
-        documents = quizzes.documents(task, length, options.depths, options.samples, WORDS[options.words])
+        factor = _stretch(model, config, length, trained)
+        documents = quizzes.documents(task, length, options.depths, options.samples, words)
         found = list(answers(model, documents, config.attention, batch_tokens))
         yield from ({"what": "cell", "task": name, **cell} for cell in cells(found, length, options.depths))
         whole = summary(found, length)
@@ -253,7 +253,7 @@ def _heldout(model: Transformer, config: Config, lengths: Sequence[int], samples
     documents = longest_documents(store.lengths, most, samples * most)
     settings = {"samples": samples, "corpus_hash": store.hash}
     for length in lengths:
-        factor = stretch(model, config, length, trained)
+        factor = _stretch(model, config, length, trained)
         found = losses_in_rows(model, store, documents, most, length, config.trainer)
         runtime.log.info(
             "held-out loss %.4f in rows of %s tokens, %s labels of %d documents, by position %s", found["loss"],
@@ -275,7 +275,7 @@ def _blocks(
     store, spec, trained, rows = heldout_store(config), spec_of(config.attention), model.rope_factor, []
     settings = {"samples": samples, "corpus_hash": store.hash}
     for length in sorted(lengths):
-        factor = stretch(model, config, length, trained)
+        factor = _stretch(model, config, length, trained)
         batches = _loader(store, config, length, factor).sequential(samples, 0, 1, 1)
         counts, chosen = count_blocks(model, batches, length, spec)
         if not counts.queries:
@@ -302,7 +302,7 @@ def _blocks(
 def _maps(model: Transformer, config: Config, length: int, samples: int, figure: Path) -> list[dict[str, Any]]:
     """Of the longest document of the first rows."""
     store = heldout_store(config)
-    factor = stretch(model, config, length, model.rope_factor)
+    factor = _stretch(model, config, length, model.rope_factor)
     rows = _loader(store, config, length, factor).sequential(samples, 0, 1, 1)
     document = max((row.tokens[span] for row in rows for span in row.document_spans()), key=len)
     found = attention_maps(model, document, spec_of(config.attention))
