@@ -34,6 +34,7 @@ from nsa_train.compare.rates import Rates
 from nsa_train.compare.runs import Run
 from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
+from nsa_train.data.recall import WORDS
 from nsa_train.errors import DivergedError, Interrupted, NsaTrainError, RunFolderError
 from nsa_train.evaluate.command import BLOCKS, MAPS, TASKS, Options, answers_there, check_lengths, misfit
 from nsa_train.train.folder import FREE_KEYS, RunFolder, differing
@@ -49,13 +50,14 @@ class Job:
     overrides: tuple[str, ...]
     config: Config
     tasks: tuple[str, ...]  # of `nsa-train eval`
-    eval_words: tuple[str, ...]  # of it: lengths and samples
+    ways: tuple[tuple[str, ...], ...]  # of asking them: lengths, samples and words
     file: Path | None  # that keeps it
 
     @staticmethod
     def of(
-        name: str, *overrides: str, tasks: Iterable[str] = (), eval_words: Iterable[str] = (), keep: Path | None = None
-    ) -> Job:
+        name: str, *overrides: str, tasks: Iterable[str] = (), ways: Iterable[tuple[str, ...]] = ((),),
+        keep: Path | None = None,
+    ) -> Job:  # fmt: skip
         """`name` follows the experiment's in the run's. Tasks that the arm does not fit are left out.
 
         Raises RunFolderError where the folder `keep` has the run with another configuration.
@@ -73,25 +75,27 @@ class Job:
                 raise RunFolderError(
                     f"{file} keeps a run with another configuration; choose another --keep:\n" + "\n".join(lines)
                 )
-        return Job(words, config, asked, tuple(eval_words), file)
+        return Job(words, config, asked, tuple(ways), file)
 
     def command(self) -> list[str]:
         """What is to be done next, of `nsa-train`; empty: nothing."""
         if not self.trained:
             return [] if self.kept else ["train", *self.overrides]
-        run = self.config.run_dir
-        left = [task for task in self.tasks if not self._answered(run / "eval" / f"{task}.json")]
-        return ["eval", str(run), f"task={','.join(left)}", *self.eval_words] if left else []
+        for way in self.ways:
+            if left := [task for task in self.tasks if not self._answered(task, way)]:
+                return ["eval", str(self.config.run_dir), f"task={','.join(left)}", *way]
+        return []
 
-    def _answered(self, file: Path) -> bool:
+    def _answered(self, task: str, way: tuple[str, ...]) -> bool:
         """Whether a task has its answers, of quizzes and `heldout` at every length that is asked for.
 
         Where `samples` are asked for, those with other ones count for nothing, nor do quizzes of other depths.
         """
+        wanted, figure = Options.parse([f"task={task}", *way]), task in (BLOCKS, MAPS)
+        file = self.config.run_dir / "eval" / f"{wanted.name_of(task)}.json"
         if not file.exists():
             return False
-        wanted, figure = Options.parse([f"task={file.stem}", *self.eval_words]), file.stem in (BLOCKS, MAPS)
-        strict = any(word.startswith("samples=") for word in self.eval_words)
+        strict = any(word.startswith("samples=") for word in way)
         alike = {"samples": wanted.samples, "depths": wanted.depths} if strict else {}
         there = {
             row.get("length") for row in answers_there(file)
@@ -283,7 +287,8 @@ def _final_loss(job: Job) -> float | None:
 def run(queue: Queue, args: argparse.Namespace) -> int:
     """Train each arm with each seed, then compare."""
     rates = _rates(Rates.read(args.rates), args) if args.rates else {}
-    eval_words = [f"{key}={value}" for key in ("lengths", "samples") if (value := getattr(args, key))]
+    common = [f"{key}={value}" for key in ("lengths", "samples") if (value := getattr(args, key))]
+    ways = [(*common, f"words={words}") for words in dict.fromkeys(args.words)]
     experiment, jobs = load_config(args.set).experiment, []
     for seed in dict.fromkeys(args.seeds):
         for arm in dict.fromkeys(args.arms):
@@ -292,11 +297,11 @@ def run(queue: Queue, args: argparse.Namespace) -> int:
             name = f"{arm}-seed{seed}"
             if args.start_from:
                 words.append(f"init_from={args.start_from / f'{experiment}-{name}'}")
-            jobs.append(Job.of(name, *words, tasks=args.eval, eval_words=eval_words, keep=args.keep))
+            jobs.append(Job.of(name, *words, tasks=args.eval, ways=ways, keep=args.keep))
     _check_sources(jobs)
     results.safe_name(args.name or experiment)  # and what else would be found wrong only after the training
     read_gates(args.gates, [job.config for job in jobs])
-    options = Options.parse([f"task={','.join(args.eval or TASKS)}", *eval_words])
+    options = Options.parse([f"task={','.join(args.eval or TASKS)}", *common])
     for job in jobs:
         check_lengths(options, job.config)
     queue.train(jobs)
@@ -343,6 +348,8 @@ def main() -> int:
     trained.add_argument("--lengths", metavar="N,N", help="of these tasks; what has all of them is not asked again")
     about = f"as of `nsa-train eval`, default {Options.samples}; what was asked with others is asked again"
     trained.add_argument("--samples", metavar="N", help=about)
+    about = f"of the quizzes' facts, `train` into tasks of their own, as of `nsa-train eval`; default {Options.words}"
+    trained.add_argument("--words", nargs="+", default=[Options.words], choices=[*WORDS], help=about)
     about = "of files that keep runs: those that it has are not trained, and those that end are kept there"
     trained.add_argument("--keep", type=Path, metavar="FOLDER", help=about)
     trained.add_argument("--name", help="of the report; default: the experiment's")

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from math import nan
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PALETTE = 256  # colours of a PNG: a third of the bytes, and nothing that one sees
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure of pyplot as a small PNG, its folder too, and close it."""
+    import matplotlib.pyplot as plt
+    from PIL import Image
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn)
+    plt.close(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.open(drawn).convert("RGB").quantize(PALETTE).save(path, optimize=True)
 
 
 def totals(
@@ -48,8 +66,7 @@ def plot_attention(result: dict[str, Any], path: Path, widths: tuple[int, int] =
     device = result["device"]["name"]
     figure.suptitle(f"{device}, bf16, 64 query and 4 KV heads, {widths[0]}/{widths[1]}, commit {result['commit']:.7}")
     figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def plot_training(result: dict[str, Any], path: Path) -> None:
@@ -83,8 +100,7 @@ def plot_training(result: dict[str, Any], path: Path) -> None:
     speed.legend()
     figure.suptitle(f"training on one {result['device']['name']}, packed text")
     figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def plot_grids(grids: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
@@ -115,5 +131,4 @@ def plot_grids(grids: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> Non
     figure.supxlabel(
         "crossed out: seen through forced blocks or the window, not counted", x=0.01, ha="left", fontsize=7
     )
-    figure.savefig(path)
-    plt.close(figure)
+    save_figure(figure, path)

@@ -6,6 +6,8 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
+from nsa_train.bench.figures import save_figure
+
 
 def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
     """From the rows of the JSON. One colour an arm; thin lines are seeds."""
@@ -27,7 +29,8 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
             first = run["seed"] == min(r["seed"] for r in runs if r["arm"] == run["arm"])
             points = [(point[key], point["loss"]) for point in run["val"]]
             place.plot(*zip(*points, strict=True), color=colour[run["arm"]], lw=1, label=run["arm"] if first else None)  # type: ignore[arg-type]
-        place.axhline(head["unigram_entropy"], color="gray", ls="--", lw=1, label="unigram entropy")
+        if head["unigram_entropy"] < max(late) + margin:
+            place.axhline(head["unigram_entropy"], color="gray", ls="--", lw=1, label="unigram entropy")
         place.set(xlabel=label, ylabel="held-out loss, nats per token", ylim=(min(late) - margin, max(late) + margin))
     for place, kind, label in zip(
         axes[1], ("position", "recall"), ("position in the document", "tokens back to what is recalled"), strict=False
@@ -57,14 +60,12 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
     reached = f"{head['level']}: {head['title']}" if head["level"] else "no level reached"
     figure.suptitle(f"{head['experiment']}, {head['tokens']:,} tokens, corpus {head['corpus']['hash'][:12]}. {reached}")
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 SHOWN_FROM = 0.1  # of the tokens: what comes before would flatten the rest
 AXES = (
     ("tokens", "tokens"),
     ("flops", "executed FLOPs, a row counted as one document"),
-    ("seconds", "seconds of training alone on the device, validation and checkpoints aside"),
+    ("seconds", "seconds of training alone on the device,\nvalidation and checkpoints aside"),
 )

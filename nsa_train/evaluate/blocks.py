@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nsa_train.bench.figures import save_figure
 from nsa_train.bench.trained import TrainedBlocks
 from nsa_train.data.loader import Batch
 from nsa_train.model.attention import Attended
@@ -177,5 +178,4 @@ def plot_blocks(rows: Sequence[Row], title: str, path: Path) -> None:
         axes.legend()
     figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    save_figure(figure, path)

@@ -6,7 +6,6 @@ which are drawn beside it.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nsa_train.bench.figures import save_figure
 from nsa_train.model.attention import Attended
 from nsa_train.model.transformer import Transformer
 from nsa_train.ops.nsa import NSASpec
@@ -91,7 +91,6 @@ def plot_maps(found: Sequence[Map], title: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.colors import BoundaryNorm
-    from PIL import Image
 
     colours = plt.get_cmap("magma_r", len(COLOURS) - 1).with_extremes(under="white")
     columns = len(found[0].maps) + (found[0].chosen is not None)
@@ -111,7 +110,4 @@ def plot_maps(found: Sequence[Map], title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=9)
     figure.supxlabel("keys", fontsize=8)
     figure.supylabel("queries", fontsize=8)
-    drawn = io.BytesIO()
-    figure.savefig(drawn)
-    plt.close(figure)
-    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)  # a third of the bytes
+    save_figure(figure, path)

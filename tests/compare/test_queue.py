@@ -202,14 +202,20 @@ def test_answers_at_some_of_the_lengths_or_with_other_samples_are_not_all(tmp_pa
         rows = [{"task": task, "length": 512, "settings": settings}]
         (run / "eval" / f"{task}.json").write_text(json.dumps({"rows": rows}))
 
-    def left(*eval_words):
+    def left(*ways):
         words = [*SWEEP, f"runs_dir={tmp_path}", "attention=nsa"]
-        return arms.Job.of("nsa-seed0", *words, tasks=["needle", "maps"], eval_words=eval_words).command()
+        split = [tuple(way.split()) for way in ways]
+        return arms.Job.of("nsa-seed0", *words, tasks=["needle", "maps"], ways=split).command()
 
     assert left() == left("lengths=512") == []
     assert left("lengths=512,1024") == ["eval", str(run), "task=needle", "lengths=512,1024"]
     assert left("samples=20") == []
     assert left("samples=5") == ["eval", str(run), "task=needle,maps", "samples=5"]
+    other_words = ["eval", str(run), "task=needle", "lengths=512", "words=train"]
+    assert left("lengths=512 words=heldout", "lengths=512 words=train") == other_words
+    (run / "eval" / "needle.json").rename(run / "eval" / "needle_train.json")
+    assert left("lengths=512 words=train") == []
+    assert left("lengths=512 words=train", "lengths=512 words=heldout") == [*other_words[:-1], "words=heldout"]
 
 
 def test_a_file_of_another_run_is_left_and_told(tmp_path):
