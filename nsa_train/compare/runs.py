@@ -111,14 +111,14 @@ class Run:
 
     @property
     def steps_before(self) -> list[int | None]:
-        """Of the runs that this one goes on from, the first one first; an export does not know its steps."""
+        """Of the runs that this one goes on from, the first one first; an export alone does not know its steps."""
         return [one.get("step") for one in reversed(self.lineage[1:])]
 
     @property
     def drawn_weights(self) -> dict[str, str]:
         """sha256 by name and shape of the weights that the first run of the lineage drew.
 
-        Of weights that came from an export, which knows nothing of its run, the weights of the export.
+        Of weights that came from an export without its run, which knows nothing of it, the weights of the export.
         """
         return [one for one in self.lineage if "initial_weights_sha256" in one][-1]["initial_weights_sha256"]
 

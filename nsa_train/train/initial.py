@@ -24,6 +24,7 @@ from nsa_train.train import checkpoint
 
 ARM_ONLY = (".kv.cmp.", ".kv.win.", ".phi_k.", ".phi_v.", ".attention.gate.")
 EXPORT, EXPORT_INDEX, EXPORT_PREFIX = "model.safetensors", "model.safetensors.index.json", "transformer."
+RUN_FACTS = ("rows_fingerprint", "rows_sample_sha256", "initial_weights_sha256", "origin")  # of a run's manifest
 SHOWN = 8
 
 
@@ -35,11 +36,12 @@ class Source(NamedTuple):
 
 
 def locate(folder: Path) -> Path | checkpoint.Found:
-    """What `init_from` names: the folder of an export, or the newest whole checkpoint of a run, or a checkpoint.
+    """What `init_from` names: the folder of an export, or a checkpoint, or of a run the newest whole checkpoint.
 
-    NsaTrainError where it is none of them, or where no checkpoint of the run is whole.
+    Where a run has no checkpoint any more, it is its export. NsaTrainError where it is none of them, or where no
+    checkpoint of the run is whole.
     """
-    if (folder / EXPORT).is_file() or (folder / EXPORT_INDEX).is_file():
+    if _is_export(folder):
         return folder
     damaged = ""
     for path in [*checkpoint.complete(folder / "checkpoints"), *([folder] if checkpoint.step_of(folder) else [])]:
@@ -48,15 +50,21 @@ def locate(folder: Path) -> Path | checkpoint.Found:
         except CheckpointError as error:
             runtime.log.warning("damaged checkpoint, trying an older one: %s", error)
             damaged = f"; {path} is damaged"
+    if not damaged and _is_export(folder / "export"):
+        return folder / "export"
     raise NsaTrainError(
         f"init_from={folder} is no run with a checkpoint, no checkpoint and no export{damaged}; name the folder of one"
     )
 
 
+def _is_export(folder: Path) -> bool:
+    return (folder / EXPORT).is_file() or (folder / EXPORT_INDEX).is_file()
+
+
 def origin_of(place: Path | checkpoint.Found) -> dict[str, Any]:
     """Where weights come from: of a run, its step, the rows that it read, what it started with, and its own origin."""
-    if isinstance(place, Path):  # an export knows nothing of its run
-        return {"folder": str(place)}
+    if isinstance(place, Path):
+        return {"folder": str(place), **_run_of(place)}
     state = place.manifest["state"]
     return {
         "folder": str(place.path), "step": state["progress"]["step"],
@@ -64,6 +72,17 @@ def origin_of(place: Path | checkpoint.Found) -> dict[str, Any]:
         "rows_sample_sha256": state["loader"].get("sample_sha256"),
         "initial_weights_sha256": state["progress"]["initial_weights"], "origin": state["progress"].get("origin"),
     }  # fmt: skip
+
+
+def _run_of(export: Path) -> dict[str, Any]:
+    """What an export in the folder of a finished run knows of it; elsewhere it knows nothing."""
+    try:
+        summary = json.loads((export.parent / "summary.json").read_text())
+        manifest = json.loads((export.parent / "manifest.json").read_text())
+        facts = {key: manifest[key] for key in RUN_FACTS}
+        return {"step": summary["steps"], **facts} if summary["status"] == "done" else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def start_weights(

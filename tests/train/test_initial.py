@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from nsa_train.config.load import load_config
 from nsa_train.errors import NsaTrainError
 from nsa_train.model.transformer import Transformer
-from nsa_train.train.initial import locate, take_weights
+from nsa_train.train.initial import locate, origin_of, take_weights
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +51,11 @@ def test_a_run_starts_where_the_other_ended(place, exported, train, tmp_path):
     assert f"starting from the weights of {exported}" in job.text
     assert "not found there" not in job.text
     origin = json.loads((tmp_path / "run" / "manifest.json").read_text())["origin"]
-    if place == "export":
-        assert origin == {"folder": str(exported / place)}
-    else:
-        first = json.loads((exported / "manifest.json").read_text())
-        kept = ("rows_fingerprint", "rows_sample_sha256", "initial_weights_sha256", "origin")
-        facts = {key: first[key] for key in kept}
-        assert len(facts["rows_sample_sha256"]) == 64
-        assert origin == {"folder": str(exported / "checkpoints" / "step_4"), "step": 4, **facts}
+    first = json.loads((exported / "manifest.json").read_text())
+    kept = ("rows_fingerprint", "rows_sample_sha256", "initial_weights_sha256", "origin")
+    facts = {key: first[key] for key in kept}
+    assert len(facts["rows_sample_sha256"]) == 64
+    assert origin == {"folder": str(exported / (place or "checkpoints/step_4")), "step": 4, **facts}
     found = [row for row in rows(tmp_path / "run") if row["split"] == "val"]
     assert found[0]["step"] == 0
     assert found[0]["loss"] == summary(exported)["val_loss_last"]
@@ -92,6 +89,18 @@ def test_a_run_that_took_weights_goes_on_after_they_are_gone(exported, train, tm
     job = train(*words)
     assert job.wait() == 0, job.text
     assert rows(tmp_path / "run") == rows(tmp_path / "undisturbed")
+
+
+@pytest.mark.process
+def test_a_run_without_checkpoints_is_its_export(exported, tmp_path):
+    run = shutil.copytree(exported, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    assert locate(run) == run / "export"
+    assert origin_of(run / "export")["step"] == 4
+    (run / "summary.json").write_text('{"status": "stopped", "steps": 2}')
+    assert origin_of(run / "export") == {"folder": str(run / "export")}
+    elsewhere = shutil.copytree(run / "export", tmp_path / "elsewhere" / "export")
+    assert origin_of(elsewhere) == {"folder": str(elsewhere)}
 
 
 @pytest.mark.process
