@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PALETTE = 256  # colours of a PNG: a third of the bytes, and nothing that one sees
+PALETTE = 256  # colours of a PNG: a third of the bytes of all, and nothing that one sees
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -20,7 +20,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     from PIL import Image
 
     drawn = io.BytesIO()
-    figure.savefig(drawn)
+    figure.savefig(drawn, format="png")
     plt.close(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.open(drawn).convert("RGB").quantize(PALETTE).save(path, optimize=True)

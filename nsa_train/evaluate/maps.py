@@ -22,7 +22,7 @@ from nsa_train.ops.statistics import full_attention
 from nsa_train.packing import Packing
 
 CELLS = 256  # a side of a map, at most
-COLOURS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)  # their bounds; few, so that the PNG stays small
+COLOURS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)  # their bounds; few, so that the PNG is small
 
 
 class Map(NamedTuple):

@@ -50,8 +50,10 @@ def locate(folder: Path) -> Path | checkpoint.Found:
         except CheckpointError as error:
             runtime.log.warning("damaged checkpoint, trying an older one: %s", error)
             damaged = f"; {path} is damaged"
-    if not damaged and _is_export(folder / "export"):
-        return folder / "export"
+    if _is_export(folder / "export"):
+        if not damaged:
+            return folder / "export"
+        damaged += f", {folder / 'export'} is not"
     raise NsaTrainError(
         f"init_from={folder} is no run with a checkpoint, no checkpoint and no export{damaged}; name the folder of one"
     )
@@ -79,7 +81,7 @@ def _run_of(export: Path) -> dict[str, Any]:
     try:
         summary = json.loads((export.parent / "summary.json").read_text())
         manifest = json.loads((export.parent / "manifest.json").read_text())
-        facts = {key: manifest[key] for key in RUN_FACTS}
+        facts = {key: manifest.get(key) for key in RUN_FACTS}  # older runs have not all of them
         return {"step": summary["steps"], **facts} if summary["status"] == "done" else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

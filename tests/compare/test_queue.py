@@ -218,6 +218,20 @@ def test_answers_at_some_of_the_lengths_or_with_other_samples_are_not_all(tmp_pa
     assert left("lengths=512 words=train", "lengths=512 words=heldout") == [*other_words[:-1], "words=heldout"]
 
 
+def test_every_way_of_asking_reaches_the_runs(tmp_path, monkeypatch):
+    script, asked = load_script("compare_arms", monkeypatch), []
+
+    def stop(jobs):
+        asked.extend(job.ways for job in jobs)
+        raise Interrupted("stopped")
+
+    monkeypatch.setattr(script, "Queue", lambda seconds, share: SimpleNamespace(train=stop))
+    words = ["run", "--arms", "full", "--samples", "4", "--words", "heldout", "train", "--eval", "needle"]
+    monkeypatch.setattr(sys, "argv", ["compare_arms.py", *words, "--set", *SWEEP, f"runs_dir={tmp_path}"])
+    assert script.main() == Interrupted.exit_code
+    assert asked == [(("samples=4", "words=heldout"), ("samples=4", "words=train"))]
+
+
 def test_a_file_of_another_run_is_left_and_told(tmp_path):
     runs = [make_run(tmp_path, arm, overrides=[f"name=tiny-{arm}-seed0", *SWEEP]) for arm in ("full", "nsa")]
     assert main(["compare", "keep", *map(str, runs), "--out", str(tmp_path / "kept")]) == 0

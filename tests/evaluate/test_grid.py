@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from nsa_train.bench.figures import plot_grids
 from nsa_train.cli import main
@@ -100,7 +101,7 @@ def test_wilsons_interval_is_that_of_the_books():
 
 def test_the_heat_map_is_drawn(tmp_path):
     plot_grids({"title": [row for n in (512, 1024) for row in cells(FOUND, n, 4)]}, tmp_path / "grid.png")
-    assert (tmp_path / "grid.png").read_bytes()[:4] == b"\x89PNG"
+    assert Image.open(tmp_path / "grid.png").mode == "P"  # of a palette: small
 
 
 def test_options_are_read():

@@ -97,6 +97,10 @@ def test_a_run_without_checkpoints_is_its_export(exported, tmp_path):
     shutil.rmtree(run / "checkpoints")
     assert locate(run) == run / "export"
     assert origin_of(run / "export")["step"] == 4
+    manifest = json.loads((run / "manifest.json").read_text())
+    del manifest["origin"], manifest["rows_sample_sha256"]  # as of older runs
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert origin_of(run / "export")["rows_fingerprint"] == manifest["rows_fingerprint"]
     (run / "summary.json").write_text('{"status": "stopped", "steps": 2}')
     assert origin_of(run / "export") == {"folder": str(run / "export")}
     elsewhere = shutil.copytree(run / "export", tmp_path / "elsewhere" / "export")
@@ -150,8 +154,10 @@ def test_a_damaged_source_is_refused(exported, tmp_path):
     (source / "export" / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(NsaTrainError, match="export cannot be read"):
         taken(source / "export")
-    shutil.rmtree(source / "export")
     for path in (source / "checkpoints").glob("step_*"):
         (path / "buffers.safetensors").unlink()
-    with pytest.raises(NsaTrainError, match=r"no checkpoint and no export; .* is damaged"):
+    with pytest.raises(NsaTrainError, match=r"no checkpoint and no export; .* is damaged, .*export is not; name"):
+        taken(source)
+    shutil.rmtree(source / "export")
+    with pytest.raises(NsaTrainError, match=r"no checkpoint and no export; .* is damaged; name"):
         taken(source)
