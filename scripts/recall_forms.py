@@ -15,14 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nsa_train import runtime
-from nsa_train.bench import results
 from nsa_train.config.schema import Config
 from nsa_train.data.recall import CONSONANTS, WORDS, Words, constant, five_digits
-from nsa_train.errors import ConfigError, NsaTrainError
-from nsa_train.evaluate.command import Options, ask, check_lengths, heldout_store, opened, real_texts
+from nsa_train.errors import ConfigError
+from nsa_train.evaluate.about_runs import about_runs
+from nsa_train.evaluate.command import Options, ask, heldout_store, opened, real_texts
 from nsa_train.evaluate.questions import Quizzes
-from nsa_train.train.folder import read_config
 
 NAME = "recall_by_form"
 
@@ -86,28 +84,14 @@ def rows(run: Path, config: Config, options: Options) -> Iterator[dict[str, Any]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
     parser.add_argument("--lengths", default="1024,2048,4096,8192", metavar="N,N")
     parser.add_argument("--depths", default="11", metavar="N")
     parser.add_argument("--samples", default="3", metavar="N", help="questions of each depth")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the findings")
-    args = parser.parse_args()
-    runtime.setup_console()
-    file = args.out / f"{NAME}.json"
-    try:
-        words = (f"{key}={getattr(args, key)}" for key in ("lengths", "depths", "samples"))
-        options = Options.parse(["task=needle", *words])
-        configs = {run: read_config(run) for run in args.runs}
-        for config in configs.values():
-            check_lengths(options, config)
-        results.with_earlier(file, [], lambda row: row["run"])  # before anything is asked
-        for run, config in configs.items():
-            found = results.with_earlier(file, list(rows(run, config, options)), lambda row: row["run"])
-            print(results.write_result(NAME, NAME, found, folder=args.out))
-    except NsaTrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    def words(args: argparse.Namespace) -> list[str]:
+        return ["task=needle", *(f"{key}={getattr(args, key)}" for key in ("lengths", "depths", "samples"))]
+
+    return about_runs(NAME, parser, words, rows)
 
 
 if __name__ == "__main__":

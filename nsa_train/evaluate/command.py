@@ -114,17 +114,23 @@ def check_lengths(options: Options, config: Config) -> None:
         raise ConfigError(f"eval: lengths={longest} is beyond the model's max_seq_len={config.model.max_seq_len}")
 
 
+def check_fits(folder: Path, config: Config, options: Options) -> None:
+    """Raises ConfigError where a task or a length cannot be asked of the run in this folder."""
+    for task in options.task:
+        if reason := misfit(task, config.attention):
+            raise ConfigError(f"eval: {folder} is of the arm {config.arm}, and task={task} {reason}")
+    check_lengths(options, config)
+
+
 def main(arguments: list[str]) -> int:
     """Evaluate and write the findings; the exit code."""
     if not arguments or "=" in arguments[0]:
         raise ConfigError("eval: name the folder of a run first, like `nsa-train eval runs/tiny-nsa task=needle`")
     folder, options = Path(arguments[0]), Options.parse(arguments[1:])
     config = read_config(folder)
+    check_fits(folder, config, options)
     for task in options.task:
-        if reason := misfit(task, config.attention):
-            raise ConfigError(f"eval: {folder} is of the arm {config.arm}, and task={task} {reason}")
         answers_there(folder / "eval" / f"{options.name_of(task)}.json")
-    check_lengths(options, config)
     model, tokenizer = opened(folder)
     (folder / "eval").mkdir(exist_ok=True)
     trained = model.rope_factor

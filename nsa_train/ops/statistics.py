@@ -84,6 +84,13 @@ def full_attention(q: Tensor, k: Tensor, first: int = 0, multiple: int = 1) -> I
         yield a, attend(q[a:b], k[:b], k[:b], torch.arange(b, device=q.device) <= t[:, None], D**-0.5)[1]
 
 
+def block_mass(p: Tensor, spec: NSASpec) -> Tensor:
+    """What each block holds of probabilities over S keys, mean of the group's heads: [Hk, G, Q, S] -> [Hk, Q, J]."""
+    S = p.shape[-1]
+    J = -(-S // spec.slc_block)
+    return F.pad(p.mean(1), (0, J * spec.slc_block - S)).unflatten(-1, (J, -1)).sum(-1)
+
+
 class Held(NamedTuple):
     """Shares of the full attention, each [Hk] float64, summed over queries.
 
@@ -107,9 +114,8 @@ def attention_held(q: Tensor, k: Tensor, blocks: Tensor, first: int, spec: NSASp
     """
     total = torch.zeros(len(Held._fields), k.shape[1], dtype=torch.float64, device=q.device)
     for a, p in full_attention(q, k, first):
-        Q, S = p.shape[-2:]
-        J = -(-S // spec.slc_block)
-        mass = F.pad(p.mean(1), (0, J * spec.slc_block - S)).unflatten(-1, (J, -1)).sum(-1)  # [Hk, Q, J]
+        mass = block_mass(p, spec)
+        _, Q, J = mass.shape
         own, j = torch.arange(a, a + Q, device=q.device)[:, None] // spec.slc_block, torch.arange(J, device=q.device)
         forced = is_forced(j, own, spec) & (j <= own)
         free = ~forced & (j <= own)

@@ -81,7 +81,7 @@ def _run_of(export: Path) -> dict[str, Any]:
     try:
         summary = json.loads((export.parent / "summary.json").read_text())
         manifest = json.loads((export.parent / "manifest.json").read_text())
-        facts = {key: manifest.get(key) for key in RUN_FACTS}  # older runs have not all of them
+        facts = {key: manifest[key] for key in RUN_FACTS if key in manifest}  # older runs have not all of them
         return {"step": summary["steps"], **facts} if summary["status"] == "done" else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
