@@ -300,12 +300,13 @@ def _inside(layer: Row) -> dict[str, float]:
 
 def _runs(runs: list[Row]) -> Iterator[str]:
     columns = ("run", "arm", "seed", "lr", "held-out loss of text", "of all", "by mixture",
-               "tokens to the baseline's loss", "training time",
-               "tokens/s", "CUDA graphs", "skipped steps", "device", "source")  # fmt: skip
+               "tokens to the baseline's loss", "tokens to copying", "training time", "tokens/s",
+               "CUDA graphs", "skipped steps", "device", "source")  # fmt: skip
     yield from _table(columns, (
         (r["name"], r["arm"], r["seed"], f"{r['lr']:.2e}",
          *(_number(r[key]) for key in ("text_loss", "loss", "mixture_loss")),
-         "not reached" if r["tokens_to_baselines_loss"] is None else f"{r['tokens_to_baselines_loss']:,.0f}",
+         *("not reached" if r[key] is None else f"{r[key]:,.0f}"
+           for key in ("tokens_to_baselines_loss", "tokens_to_copying")),
          *(("shared",) * 2 if r["runs_a_device"] > 1 else (f"{r['seconds']:,.0f} s", f"{r['tokens_per_s']:,.0f}")),
          "replayed" if r["cuda_graphs"] else "-",
          r["skipped_steps"], r["device"],

@@ -23,6 +23,7 @@ EVALUATED = {
                                 "forced_recall", "distinct_blocks", "neighbour_overlap", "distance")),
 }  # fmt: skip
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the tokens, at which differences along the run are told
+LEAST_DRAWN = 0.1  # nats per token drawn from the context by a model that copies, at least
 PAPER_ACTIVE, PAPER_TOKENS = 4.5e9, 270e9  # section 4.1: 27B parameters, 270B tokens of 8k texts
 
 
@@ -76,6 +77,7 @@ def _run_row(run: Run, arms: Arms) -> dict[str, Any]:
         "skipped_steps": run.summary["skipped_steps"], "device": run.manifest["device"], "cuda_graphs": run.in_graphs,
         "world_size": run.manifest["world_size"], "runs_a_device": run.runs_a_device, "commit": run.manifest["commit"],
         "versions": run.manifest["versions"], "tokens_to_baselines_loss": _tokens_to(run, partner.curve[-1][1]),
+        "tokens_to_copying": _tokens_to_copying(run),
         "val": [
             {"tokens": tokens, "flops": run.flops(tokens), "seconds": run.seconds(tokens), "loss": loss}
             for tokens, loss in run.curve
@@ -130,6 +132,30 @@ def _tokens_to(run: Run, loss: float) -> float | None:
             return float(np.interp(-loss, [-before[1], -value], [before[0], tokens])) if before else float(tokens)
         before = tokens, value
     return None
+
+
+def _tokens_to_copying(run: Run) -> float | None:
+    """Tokens after which the model draws half as much from its context as at the end; between validations on a line.
+
+    What it draws from it is the held-out loss of a document's first tokens minus that of its last: about nothing until
+    the model learns to copy what stood before in the document (Olsson et al., arXiv 2209.11895, "in-context learning
+    score"), which then comes in a small part of the run. None where it draws less than LEAST_DRAWN at the end.
+    """
+    drawn = [
+        (row["tokens"], told[0] - told[-1])
+        for row in run.of("val")
+        if len(told := [loss for loss in row["by_position"].values() if loss is not None]) > 1
+    ]
+    if not drawn:
+        return None
+    start = min(range(len(drawn)), key=lambda at: drawn[at][1])
+    least, last = drawn[start][1], drawn[-1][1]
+    if last - least < LEAST_DRAWN:
+        return None
+    half = (least + last) / 2
+    there = next(at for at in range(start, len(drawn)) if drawn[at][1] >= half)
+    (before, low), (after, high) = drawn[there - 1], drawn[there]
+    return float(np.interp(half, [low, high], [before, after]))
 
 
 def _lead_row(run: Run, arms: Arms) -> dict[str, Any]:

@@ -209,6 +209,27 @@ def test_curves_have_three_axes(result, tmp_path):
     assert 3 * tokens < row["tokens_to_baselines_loss"] < 6 * tokens
 
 
+@pytest.mark.parametrize(
+    ("drawn", "at"),
+    [
+        ((-0.1, -0.1, 0.5), 4.5),
+        ((0.2, -0.1, 0.1), 4.5),
+        ((0.0, 0.6, 0.6), 1.5),
+        ((0.0, 0.9, 0.6), 1.0),
+        ((0.0, 0.05, 0.09), None),
+    ],
+)
+def test_a_run_copies_when_half_of_what_context_gives_at_the_end_is_there(tmp_path, drawn, at):
+    runs = [make_run(tmp_path, arm, drawn=drawn) for arm in ("full", "nsa")]
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "comparison_tiny.json").read_text())["rows"]
+    assert [row["tokens_to_copying"] for row in report if row["what"] == "run"] == [
+        at and pytest.approx(at * 512 * 8)
+    ] * 2
+    said = (tmp_path / "out" / "comparison_tiny.md").read_text()
+    assert (f"| {at * 512 * 8:,.0f} |" if at else "| not reached |") in said
+
+
 def test_the_difference_along_the_run_is_told_for_each_seed(result):
     """Curves of the test are lines, from a loss that all share to that at the end."""
     assert len(rows(result, "lead")) == 6
