@@ -288,7 +288,9 @@ def run(queue: Queue, args: argparse.Namespace) -> int:
     """Train each arm with each seed, then compare."""
     rates = _rates(Rates.read(args.rates), args) if args.rates else {}
     common = [f"{key}={value}" for key in ("lengths", "samples") if (value := getattr(args, key))]
-    ways = [(*common, f"words={words}") for words in dict.fromkeys(args.words)]
+    if not args.eval and (given := [f"--{key}" for key in ("lengths", "samples", "words") if getattr(args, key)]):
+        raise NsaTrainError(f"{', '.join(given)}: say how --eval asks, which is not given; name its tasks")
+    ways = [(*common, f"words={words}") for words in dict.fromkeys(args.words or [Options.words])]
     experiment, jobs = load_config(args.set).experiment, []
     for seed in dict.fromkeys(args.seeds):
         for arm in dict.fromkeys(args.arms):
@@ -349,7 +351,7 @@ def main() -> int:
     about = f"as of `nsa-train eval`, default {Options.samples}; what was asked with others is asked again"
     trained.add_argument("--samples", metavar="N", help=about)
     about = f"of the quizzes' facts, `train` into tasks of their own, as of `nsa-train eval`; default {Options.words}"
-    trained.add_argument("--words", nargs="+", default=[Options.words], choices=[*WORDS], help=about)
+    trained.add_argument("--words", nargs="+", choices=[*WORDS], help=about)
     about = "of files that keep runs: those that it has are not trained, and those that end are kept there"
     trained.add_argument("--keep", type=Path, metavar="FOLDER", help=about)
     trained.add_argument("--name", help="of the report; default: the experiment's")

@@ -184,7 +184,7 @@ def _with_earlier(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def opened(folder: Path) -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer of the run's export, on this machine's device."""
+    """Model and tokenizer of the run's export, on this machine's device; in fp32 on a CPU, which is slow in bf16."""
     export = folder / "export"
     if not (export / "config.json").is_file():
         raise RunFolderError(f"{export}: no export of a finished run; train with trainer.export=true")
@@ -194,7 +194,10 @@ def opened(folder: Path) -> tuple[Transformer, Tokenizer]:
     import nsa_train.model.pretrained  # noqa: F401
 
     transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(export).transformer.to(runtime.device()).eval()
+    device = runtime.device()
+    model = AutoModelForCausalLM.from_pretrained(export).transformer.to(device).eval()
+    if device.type == "cpu":
+        model.float()
     return model, Tokenizer.load(export / MODEL_FILE if (export / MODEL_FILE).is_file() else export)
 
 

@@ -122,9 +122,10 @@ def test_a_task_that_there_is_not_is_told_before_training(tmp_path):
     [
         (["--gates", "missing.json"], "--gates missing.json: cannot be read"),
         (["--name", "a/b"], "--name 'a/b' may hold letters"),
-        (["--lengths", "8k"], "lengths=8k must be numbers from 1 on"),
-        (["--samples", "4,5"], "samples=4,5 must be a number from 1 on"),
-        (["--lengths", "256,99999999"], "lengths=99999999 is beyond the model's max_seq_len"),
+        (["--eval", "needle", "--lengths", "8k"], "lengths=8k must be numbers from 1 on"),
+        (["--eval", "needle", "--samples", "4,5"], "samples=4,5 must be a number from 1 on"),
+        (["--eval", "needle", "--lengths", "256,99999999"], "lengths=99999999 is beyond the model's max_seq_len"),
+        (["--lengths", "256", "--words", "train"], "--lengths, --words: say how --eval asks, which is not given"),
     ],
 )
 def test_what_the_report_could_not_use_is_told_before_training(words, message, tmp_path):

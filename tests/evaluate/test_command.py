@@ -6,6 +6,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
 from nsa_train.bench.trained import TrainedBlocks
 from nsa_train.cli import main
@@ -15,6 +16,7 @@ from nsa_train.data.store import TokenStore
 from nsa_train.data.tokenizer import Tokenizer
 from nsa_train.evaluate import command
 from nsa_train.model.branches import spec_of
+from nsa_train.model.pretrained import NSATrainConfig, NSATrainForCausalLM
 from nsa_train.model.transformer import Transformer
 
 SMALL = [
@@ -70,6 +72,18 @@ def test_quizzes_hide_facts_in_real_text_only(tmp_path):
 
 def rows(folder, task):
     return json.loads((folder / "eval" / f"{task}.json").read_text())["rows"]
+
+
+def test_weights_in_bf16_are_computed_in_fp32_on_a_cpu(tmp_path, monkeypatch):
+    config = load_config(SMALL)
+    saved = NSATrainForCausalLM(NSATrainConfig.of(config.model, config.attention, config.moe)).bfloat16()
+    saved.save_pretrained(tmp_path / "export")
+    monkeypatch.setattr(command.Tokenizer, "load", lambda path: None)
+    model, _ = command.opened(tmp_path)
+    for name, value in saved.transformer.state_dict().items():
+        got = model.state_dict()[name]
+        assert torch.equal(got, value.to(got.dtype)), name
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
 
 
 def test_blocks_are_counted_at_every_length_and_kept_of_the_longest(make_run):
