@@ -288,8 +288,10 @@ def run(queue: Queue, args: argparse.Namespace) -> int:
     """Train each arm with each seed, then compare."""
     rates = _rates(Rates.read(args.rates), args) if args.rates else {}
     common = [f"{key}={value}" for key in ("lengths", "samples") if (value := getattr(args, key))]
-    if not args.eval and (given := [f"--{key}" for key in ("lengths", "samples", "words") if getattr(args, key)]):
-        raise NsaTrainError(f"{', '.join(given)}: say how --eval asks, which is not given; name its tasks")
+    if not args.eval and (given := [*common, *(f"words={words}" for words in args.words or ())]):
+        raise NsaTrainError(
+            f"{', '.join(given)}: how --eval asks, and it is not given; add --eval TASK or leave this out"
+        )
     ways = [(*common, f"words={words}") for words in dict.fromkeys(args.words or [Options.words])]
     experiment, jobs = load_config(args.set).experiment, []
     for seed in dict.fromkeys(args.seeds):
@@ -303,9 +305,10 @@ def run(queue: Queue, args: argparse.Namespace) -> int:
     _check_sources(jobs)
     results.safe_name(args.name or experiment)  # and what else would be found wrong only after the training
     read_gates(args.gates, [job.config for job in jobs])
-    options = Options.parse([f"task={','.join(args.eval or TASKS)}", *common])
-    for job in jobs:
-        check_lengths(options, job.config)
+    if args.eval:
+        options = Options.parse([f"task={','.join(args.eval)}", *common])
+        for job in jobs:
+            check_lengths(options, job.config)
     queue.train(jobs)
     words = [f"--{key}={getattr(args, key)}" for key in ("name", "out", "rates") if getattr(args, key)]
     words += [f"--gates={path}" for path in args.gates]

@@ -23,7 +23,7 @@ EVALUATED = {
                                 "forced_recall", "distinct_blocks", "neighbour_overlap", "distance")),
 }  # fmt: skip
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the tokens, at which differences along the run are told
-LEAST_DRAWN = 0.1  # nats per token drawn from the context by a model that copies, at least
+LEAST_RISE = 0.1  # nats per token: what learning to copy adds to the use of the context, at least
 PAPER_ACTIVE, PAPER_TOKENS = 4.5e9, 270e9  # section 4.1: 27B parameters, 270B tokens of 8k texts
 
 
@@ -77,7 +77,7 @@ def _run_row(run: Run, arms: Arms) -> dict[str, Any]:
         "skipped_steps": run.summary["skipped_steps"], "device": run.manifest["device"], "cuda_graphs": run.in_graphs,
         "world_size": run.manifest["world_size"], "runs_a_device": run.runs_a_device, "commit": run.manifest["commit"],
         "versions": run.manifest["versions"], "tokens_to_baselines_loss": _tokens_to(run, partner.curve[-1][1]),
-        "tokens_to_copying": _tokens_to_copying(run),
+        "tokens_to_copying": tokens_to_copying(run),
         "val": [
             {"tokens": tokens, "flops": run.flops(tokens), "seconds": run.seconds(tokens), "loss": loss}
             for tokens, loss in run.curve
@@ -134,28 +134,26 @@ def _tokens_to(run: Run, loss: float) -> float | None:
     return None
 
 
-def _tokens_to_copying(run: Run) -> float | None:
-    """Tokens after which the model draws half as much from its context as at the end; between validations on a line.
+def tokens_to_copying(run: Run) -> float | None:
+    """Tokens after which the model uses its context half as much as it does at the end; between validations on a line.
 
-    What it draws from it is the held-out loss of a document's first tokens minus that of its last: about nothing until
-    the model learns to copy what stood before in the document (Olsson et al., arXiv 2209.11895, "in-context learning
-    score"), which then comes in a small part of the run. None where it draws less than LEAST_DRAWN at the end.
+    How much it uses it is the loss of a document's first tokens minus that of its last ones, which stays low until the
+    model learns to copy what stood before in the document (the in-context learning score of Olsson et al.,
+    arXiv 2209.11895) and then rises in a small part of the run. The rise is counted from the lowest value. None where
+    it is less than LEAST_RISE, or half of it was there from the start, as in a run that goes on from another.
     """
-    drawn = [
-        (row["tokens"], told[0] - told[-1])
-        for row in run.of("val")
-        if len(told := [loss for loss in row["by_position"].values() if loss is not None]) > 1
-    ]
-    if not drawn:
+    told = [row["by_position"] for row in run.of("val")]
+    shared = [bucket for bucket in told[0] if all(losses.get(bucket) is not None for losses in told)]
+    if run.config.init_from or len(shared) < 2:
         return None
-    start = min(range(len(drawn)), key=lambda at: drawn[at][1])
-    least, last = drawn[start][1], drawn[-1][1]
-    if last - least < LEAST_DRAWN:
+    tokens = [row["tokens"] for row in run.of("val")]
+    used = [losses[shared[0]] - losses[shared[-1]] for losses in told]
+    lowest = used.index(min(used))
+    half = (used[lowest] + used[-1]) / 2
+    if used[-1] - used[lowest] < LEAST_RISE or used[0] >= half:
         return None
-    half = (least + last) / 2
-    there = next(at for at in range(start, len(drawn)) if drawn[at][1] >= half)
-    (before, low), (after, high) = drawn[there - 1], drawn[there]
-    return float(np.interp(half, [low, high], [before, after]))
+    there = next(at for at in range(lowest, len(used)) if used[at] >= half)
+    return float(np.interp(half, used[there - 1 : there + 1], tokens[there - 1 : there + 1]))
 
 
 def _lead_row(run: Run, arms: Arms) -> dict[str, Any]:

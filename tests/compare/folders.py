@@ -13,11 +13,11 @@ WEIGHTS = {"embed.weight [8, 4]": "a", "head.weight [8, 4]": "b"}
 
 
 def make_run(
-    runs, arm, seed=0, gain=0.0, noise=0.001, far_gain=0.0, drawn=(0, 0, 0), overrides=(), manifest=(), summary=()
+    runs, arm, seed=0, gain=0.0, noise=0.001, far_gain=0.0, used=(0, 0, 0), overrides=(), manifest=(), summary=()
 ):
     """A run of 6 steps whose held-out loss is `gain` below 5 nats, and `far_gain` more in the last bucket.
 
-    In each of its three validations the last tokens of documents have `drawn` nats less than the first ones.
+    In each of its three validations the last tokens of documents have `used` nats less than the first ones.
     """
     config = load_config([f"attention={arm}", f"seed={seed}", f"name={arm}-{seed}", f"runs_dir={runs}",
                           "trainer.steps=6", *overrides])  # fmt: skip
@@ -42,7 +42,7 @@ def make_run(
     probe["common"] = 0.1
     rows += [{"split": "val", "step": s, "tokens": s * tokens, "loss": 7.0 + (loss / labels - 7) * s / 6,
               "by_position": {"0-128": 6.0, "128-256": 6.5, "256-512": 6.0 - less, "512-1024": None},
-              "layers": [probe] * 4} for s, less in zip((0, 3, 6), drawn, strict=True)]  # fmt: skip
+              "layers": [probe] * 4} for s, less in zip((0, 3, 6), used, strict=True)]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     facts = {
         "corpus": {"name": "text", "hash": "c" * 64, "share_past": {"1024": 0.6, "2048": 0.4}, "epochs": {"code": 1.5}},

@@ -125,7 +125,8 @@ def test_a_task_that_there_is_not_is_told_before_training(tmp_path):
         (["--eval", "needle", "--lengths", "8k"], "lengths=8k must be numbers from 1 on"),
         (["--eval", "needle", "--samples", "4,5"], "samples=4,5 must be a number from 1 on"),
         (["--eval", "needle", "--lengths", "256,99999999"], "lengths=99999999 is beyond the model's max_seq_len"),
-        (["--lengths", "256", "--words", "train"], "--lengths, --words: say how --eval asks, which is not given"),
+        (["--lengths", "256", "--words", "train"], "lengths=256, words=train: how --eval asks, and it is not given"),
+        (["--samples", "4"], "samples=4: how --eval asks, and it is not given"),
     ],
 )
 def test_what_the_report_could_not_use_is_told_before_training(words, message, tmp_path):

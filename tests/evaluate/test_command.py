@@ -79,6 +79,7 @@ def test_weights_in_bf16_are_computed_in_fp32_on_a_cpu(tmp_path, monkeypatch):
     saved = NSATrainForCausalLM(NSATrainConfig.of(config.model, config.attention, config.moe)).bfloat16()
     saved.save_pretrained(tmp_path / "export")
     monkeypatch.setattr(command.Tokenizer, "load", lambda path: None)
+    monkeypatch.setattr(command.runtime, "device", lambda: torch.device("cpu"))
     model, _ = command.opened(tmp_path)
     for name, value in saved.transformer.state_dict().items():
         got = model.state_dict()[name]
