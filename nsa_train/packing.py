@@ -19,7 +19,7 @@ class Packing:
 
     cu_seqlens  [N + 1]  int32, bounds 0 ... T; equal bounds at the end are empty documents (they keep N fixed)
     positions   [T]      int32, place of each token inside its document
-    lengths              the same bounds as Python numbers, without the empty documents
+    lengths              the same bounds as Python numbers, without the empty documents; none in a recorded pass
     """
 
     cu_seqlens: torch.Tensor

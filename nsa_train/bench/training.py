@@ -96,7 +96,7 @@ def text_of(config: Config) -> dict[str, Any]:
 def one_run(preset: str, arm: str, T: int, steps: int, gpus: int, rest: list[str], folder: Path) -> dict[str, Any]:
     """A row; with `error` in place of figures where the run failed."""
     overrides = overrides_of(preset, arm, T, steps, gpus, rest)
-    config, full = load_config(overrides), load_config([*overrides, "attention=full", "trainer.cuda_graphs=false"])
+    config, full = load_config(overrides), load_config([*overrides, "attention=full"])
     per_rank = config.trainer.batch_rows // gpus
     row: dict[str, Any] = {
         "preset": preset, "attention": arm, "T": T, "gpus": gpus, "zero": config.parallel.zero_stage, "ep": 1, "sp": 1,

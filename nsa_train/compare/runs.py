@@ -138,8 +138,9 @@ class Run:
 
     @property
     def in_graphs(self) -> bool:
-        """Whether training passes were replayed as CUDA graphs, by the configuration; GPUs before Hopper have none."""
-        return self.config.in_graphs and self.manifest["device"] != "CPU"
+        """Whether training passes were replayed as CUDA graphs. Older runs do not tell; full attention was not then."""
+        could = self.manifest["device"] != "CPU" and self.config.attention.branches != ("full",)
+        return self.manifest.get("cuda_graphs", self.config.in_graphs and could)
 
     @property
     def runs_a_device(self) -> int:

@@ -450,10 +450,9 @@ class Config:
         return found
 
     def _against_graphs(self) -> list[str]:
-        """What reads lengths of documents on the host, asks the device, or moves weights and gradients."""
+        """What asks the device, or moves weights and gradients."""
         attention, parallel, trainer = self.attention, self.parallel, self.trainer
         against = {
-            "attention.branches=[full]": attention.branches == ("full",),
             "attention.backend=reference": attention.backend == "reference",
             "trainer.dtype=fp32": trainer.dtype == "fp32",
             "trainer.compile=true": trainer.compile,
@@ -465,8 +464,9 @@ class Config:
 
     @property
     def in_graphs(self) -> bool:
-        """Whether passes are to be replayed as CUDA graphs."""
-        return self.trainer.cuda_graphs is True or (self.trainer.cuda_graphs == "auto" and not self._against_graphs())
+        """Whether passes are to be replayed as CUDA graphs; by auto not those of full attention, not measured yet."""
+        asked, full = self.trainer.cuda_graphs, self.attention.branches == ("full",)
+        return asked is True or (asked == "auto" and not full and not self._against_graphs())
 
     def _stage_problems(self) -> list[str]:
         step_tokens = self.trainer.seq_len * self.trainer.batch_rows

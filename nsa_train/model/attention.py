@@ -12,7 +12,7 @@ from torch.profiler import record_function
 from nsa_train.config.schema import AttentionConfig, ModelConfig
 from nsa_train.model.branches import PHI, KeyValue, kv_name, spec_of
 from nsa_train.model.layers import apply_rope
-from nsa_train.ops.dense import dense_attention
+from nsa_train.ops.dense import dense_attention, recorded_attention
 from nsa_train.ops.fixed_blocks import fixed_blocks
 from nsa_train.ops.linear import linears
 from nsa_train.ops.nsa import chosen_backend, nsa_attention
@@ -146,6 +146,8 @@ class Attention(nn.Module):
     def _dense(self, branch: str, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         window = self.config.window if branch == "win" else None
         with record_function(f"attention, {branch}"):  # a part of a profile, beside projections and positions
+            if not packing.lengths and window is None:
+                return recorded_attention(q, k, v, packing.cu_seqlens)
             return dense_attention(q, k, v, packing.lengths, window=window)
 
     def _sparse(self, q: Tensor, raw: dict[str, KV], gates: Tensor, layout: Layout, probe: Probe | None) -> Tensor:

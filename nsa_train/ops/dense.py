@@ -167,6 +167,23 @@ def dense_attention(
     return _ToTokens.apply(_by_length(q, k, v, at.groups, scale, window, backend), at)
 
 
+def recordable(key_dim: int, value_dim: int) -> bool:
+    """Whether `recorded_attention` takes these widths here."""
+    return (key_dim, value_dim) in FLASH4_WIDTHS and flash4.kernels() is not None
+
+
+def recorded_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
+    """`dense_attention` where only the device knows the documents: in a pass that a CUDA graph records.
+
+    q, k, v  as there, bf16 or fp16
+    bounds   [N + 1]  int32, where documents begin and end; those at the end may be empty
+
+    RuntimeError where FlashAttention-4 cannot be used, the one library kernel that needs no length on the host.
+    """
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    return flash4.packed_attention(q, k, v, bounds, len(q), None, None)
+
+
 def _by_length(
     q: Tensor, k: Tensor, v: Tensor, groups: Sequence[tuple[int, int]],
     scale: float | None, window: int | None, backend: str,

@@ -74,7 +74,7 @@ def packed_attention(
     q        [T, Hq, D]    bf16 or fp16, contiguous; D and Dv multiples of 8
     k, v     [T, Hk, D], [T, Hk, Dv]
     bounds   [N + 1]       int32, of documents, 0 ... T
-    longest                tokens of the longest document
+    longest                tokens of the longest document, or more: a bound
     window                 tokens a query sees, its own included; None: all before it
     scale                  None: D**-0.5
     gives    [T, Hq, Dv]

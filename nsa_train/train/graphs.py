@@ -6,7 +6,8 @@ hooks, accumulation, clipping and sharding are those of any other pass. What tha
 
 - Shapes do not depend on data, nothing in a pass asks the device, and what it derives from a batch (tables of
   documents, segments, angles) is computed on the device: it is in the graph. `Packing.lengths` is not, so a recorded
-  pass has none, and the configuration refuses what reads it. Other numbers of the host belong to the kind of a pass.
+  pass has none, and full attention takes a kernel that reads none. Other numbers of the host belong to the kind of a
+  pass.
 - A graph reads and writes the memory of its recording. A micro-batch is copied there; weights and router biases are
   changed in place, once DeepSpeed has laid them out, which is before the first pass.
 - Outputs and gradients lie there too, until the next pass. The loop is done with them by then, and so is DeepSpeed: in
@@ -25,6 +26,7 @@ from torch.func import functional_call
 
 from nsa_train.model.attention import Probe
 from nsa_train.model.transformer import Output, Transformer
+from nsa_train.ops.dense import recordable
 from nsa_train.packing import Packing
 
 T = TypeVar("T")
@@ -32,14 +34,24 @@ WARM_UP = 3  # passes before a recording: kernels are compiled and libraries sta
 
 
 def replay_passes(model: Transformer, device: torch.device) -> str:
-    """Have the model's training passes replayed from here on, where the device can; what is said of it.
+    """Have the model's training passes replayed from here on, where they can be; what is said of it."""
+    if against := against_replays(model, device):
+        return f"trainer.cuda_graphs has no effect here: {against}"
+    model.forward = ReplayedPasses(model, CudaRecorder)  # type: ignore[method-assign]
+    return "forward and backward passes are CUDA graphs from here on"
+
+
+def against_replays(model: Transformer, device: torch.device) -> str | None:
+    """Why this model's passes cannot be recorded on this machine; None: they can.
 
     PyTorch's grouped product, of the experts, asks a GPU before Hopper for its rows.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
-        return "trainer.cuda_graphs has no effect here: it needs a Hopper GPU or a later one"
-    model.forward = ReplayedPasses(model, CudaRecorder)  # type: ignore[method-assign]
-    return "forward and backward passes are CUDA graphs from here on"
+        return "it needs a Hopper GPU or a later one"
+    widths = model.config.key_dim, model.config.value_dim
+    if model.layers[0].attention.config.branches == ("full",) and not recordable(*widths):
+        return f"full attention of widths {widths[0]}/{widths[1]} needs FlashAttention-4 for it, on a Hopper GPU"
+    return None
 
 
 class Recorder(Protocol):

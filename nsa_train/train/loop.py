@@ -38,7 +38,7 @@ from nsa_train.train.evaluate import evaluate, means
 from nsa_train.train.export import export_model
 from nsa_train.train.failures import FIRST_FAILURE, ending_of, failure_of
 from nsa_train.train.folder import RunFolder
-from nsa_train.train.graphs import replay_passes
+from nsa_train.train.graphs import against_replays, replay_passes
 from nsa_train.train.guards import BadSteps, Spikes, StopSignals
 from nsa_train.train.heldout import HELDOUT, document_losses
 from nsa_train.train.initial import common_hash, locate, origin_of, start_weights
@@ -416,9 +416,9 @@ class _Run:
             "rows_fingerprint": train.fingerprint,
             # not of rows that an older version may have read
             "rows_sample_sha256": before.get("rows_sample_sha256") if before else train.sample_sha256(steps),
-            "origin": self.progress.origin,
-            "commit": runtime.git_commit(), "versions": runtime.versions(),
+            "origin": self.progress.origin, "commit": runtime.git_commit(), "versions": runtime.versions(),
             "device": runtime.device_name(), "world_size": self.world,
+            "cuda_graphs": self.config.in_graphs and against_replays(self.model, self.device) is None,
             "runs_a_device": max(runtime.runs_a_device(), before.get("runs_a_device", 1)), "wandb_id": self.wandb_id,
         }  # fmt: skip
         self.folder.bind()

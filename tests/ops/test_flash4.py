@@ -9,7 +9,8 @@ import torch
 from helpers import assert_close
 
 from nsa_train.ops import flash4
-from nsa_train.ops.dense import choose_backend, dense_attention
+from nsa_train.ops.dense import choose_backend, dense_attention, recordable, recorded_attention
+from nsa_train.packing import Packing
 
 LENGTHS = (9, 1, 6, 5, 14)
 
@@ -19,7 +20,7 @@ def probabilities(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
     assert torch.equal(cu_seqlens_q, cu_seqlens_k)
     assert cu_seqlens_q.dtype == torch.int32
     assert causal
-    assert max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
+    assert max_seqlen_q == max_seqlen_k >= cu_seqlens_q.diff().max()
     t = torch.arange(len(q))
     document = torch.searchsorted(cu_seqlens_q[1:].contiguous(), t, right=True)
     visible = (document[:, None] == document) & (t <= t[:, None])
@@ -77,6 +78,23 @@ def test_flash4_equals_attention_by_pytorch(installed, heads, widths, window):
     grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for g, w in zip(torch.autograd.grad(got, (q, k, v), grad), torch.autograd.grad(want, (q, k, v), grad), strict=True):
         torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("widths", [(8, 8), (12, 8)], ids=str)
+def test_where_only_the_device_knows_the_documents_they_are_the_same_ones(installed, widths):
+    inputs = case((4, 2), widths)
+    bounds = torch.tensor([*Packing.from_lengths(LENGTHS).cu_seqlens, sum(LENGTHS), sum(LENGTHS)], dtype=torch.int32)
+    got, want = recorded_attention(*inputs, bounds), dense_attention(*inputs, LENGTHS, backend="torch")
+    assert_close("o", got, want, rms=1e-12)
+    pairs = zip(torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(want.sum(), inputs), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_what_can_be_recorded_is_what_was_measured(installed, monkeypatch):
+    assert [recordable(*widths) for widths in ((64, 64), (192, 128), (96, 96))] == [True, True, False]
+    monkeypatch.setattr(flash4, "kernels", lambda: None)
+    assert not recordable(64, 64)
 
 
 def test_its_scale_is_the_callers(installed):

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from nsa_train.config.load import load_config
+from nsa_train.model import attention
 from nsa_train.model.transformer import Transformer
+from nsa_train.ops import flash4
+from nsa_train.ops.dense import dense_attention
 from nsa_train.packing import Packing
 from nsa_train.train.graphs import RecordedPass, ReplayedPasses, replay_passes
 
@@ -65,6 +68,19 @@ def test_replayed_passes_give_the_bits_of_plain_ones_whatever_the_documents(arm)
         want, got = results(plain, batch), results(replayed, batch)
         assert want[0].abs().max() > 0
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("arm", ["full", "full_gated"])
+def test_full_attention_is_replayed_on_a_kernel_that_reads_documents_on_the_device(arm, monkeypatch):
+    def by_bounds(q, k, v, bounds):
+        return dense_attention(q, k, v, [length for length in bounds.diff().tolist() if length])
+
+    monkeypatch.setattr(attention, "recorded_attention", by_bounds)
+    plain, replayed = (small_model(f"attention={arm}") for _ in range(2))
+    replayed.forward = ReplayedPasses(replayed, Again)
+    for seed, lengths in enumerate(PACKS):
+        batch = micro_batch(lengths, seed)
+        assert all(torch.equal(a, b) for a, b in zip(results(replayed, batch), results(plain, batch), strict=True))
 
 
 def test_a_model_without_experts_is_replayed_though_its_balance_has_no_gradient():
@@ -153,7 +169,7 @@ def test_passes_without_gradients_and_with_probes_are_not_recorded(monkeypatch):
 def test_a_recorded_pass_has_no_lengths_that_a_replay_could_not_change():
     model = small_model("attention=full")
     model.forward = ReplayedPasses(model, Again)
-    with pytest.raises((ValueError, RuntimeError)):
+    with pytest.raises(RuntimeError, match="flash-attn-4 does not import"):
         model(*micro_batch(PACKS[0]), CHUNK)
 
 
@@ -161,6 +177,21 @@ def test_on_a_cpu_the_option_has_no_effect():
     model = small_model()
     assert "no effect here" in replay_passes(model, torch.device("cpu"))
     assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("found", [None, ("forward", "backward")])
+@pytest.mark.parametrize(("arm", "width"), [("full", 64), ("full_gated", 16), ("nsa", 16)])
+def test_full_attention_is_recorded_where_flash_attention_4_takes_its_widths(arm, width, found, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(flash4, "kernels", lambda: found)
+    model = small_model(f"attention={arm}", f"model.key_dim={width}", f"model.value_dim={width}")
+    said = replay_passes(model, torch.device("cuda"))
+    if arm == "nsa" or (found and width == 64):
+        assert said == "forward and backward passes are CUDA graphs from here on"
+        assert isinstance(model.forward, ReplayedPasses)
+    else:
+        assert f"no effect here: full attention of widths {width}/{width} needs FlashAttention-4" in said
+        assert "forward" not in vars(model)
 
 
 # Whole runs -----------------------------------------------------------------------------------------------------------

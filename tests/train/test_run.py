@@ -251,7 +251,7 @@ def test_the_folder_says_what_was_run(run, config, prepared):
     assert config_from_tree(yaml.safe_load((run / "config.yaml").read_text())) == config
     manifest, engine = (json.loads((run / name).read_text()) for name in ("manifest.json", "deepspeed.json"))
     assert manifest["corpus"]["hash"] == json.loads((prepared / "manifest.json").read_text())["hash"]
-    assert manifest["world_size"] == 1
+    assert (manifest["world_size"], manifest["cuda_graphs"]) == (1, False)
     near, far = manifest["corpus"]["share_past"].items()
     assert (near[0], far[0]) == ("32", "64")
     assert 0 < far[1] < near[1] < 1
