@@ -92,7 +92,7 @@ ABOUT_SECONDARY = (
 ABOUT_RUNS = (
     "Tokens to copying: where the model uses the context, a document's last tokens have a lower loss than its first "
     "ones, and far lower once it has learnt to copy from it; this is when half of that rise has come, between "
-    "validations on a straight line. `-`: it came to less than 0.1 nats, or was there from the start."
+    "validations on a straight line. `-`: there is hardly any, or it was there from the start."
 )
 
 

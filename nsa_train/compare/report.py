@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import mean
 from typing import Any
 
@@ -76,7 +76,7 @@ def _run_row(run: Run, arms: Arms) -> dict[str, Any]:
         "seconds": run.seconds(run.summary["tokens"]), "flops": run.flops(run.summary["tokens"]),
         "skipped_steps": run.summary["skipped_steps"], "device": run.manifest["device"], "cuda_graphs": run.in_graphs,
         "world_size": run.manifest["world_size"], "runs_a_device": run.runs_a_device, "commit": run.manifest["commit"],
-        "versions": run.manifest["versions"], "tokens_to_baselines_loss": _tokens_to(run, partner.curve[-1][1]),
+        "versions": run.manifest["versions"], "tokens_to_baselines_loss": _tokens_to(run.curve, partner.curve[-1][1]),
         "tokens_to_copying": tokens_to_copying(run),
         "val": [
             {"tokens": tokens, "flops": run.flops(tokens), "seconds": run.seconds(tokens), "loss": loss}
@@ -124,12 +124,12 @@ def _mean_cell(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tokens_to(run: Run, loss: float) -> float | None:
-    """Tokens after which the run's held-out loss first was as low, between validations on a straight line."""
-    before: tuple[float, float] | None = None
-    for tokens, value in run.curve:
-        if value <= loss:
-            return float(np.interp(-loss, [-before[1], -value], [before[0], tokens])) if before else float(tokens)
+def _tokens_to(curve: Iterable[tuple[int, float]], low: float) -> float | None:
+    """Tokens after which (tokens, value) of validations first was as low, between them on a straight line."""
+    before: tuple[int, float] | None = None
+    for tokens, value in curve:
+        if value <= low:
+            return float(np.interp(-low, [-before[1], -value], [before[0], tokens])) if before else float(tokens)
         before = tokens, value
     return None
 
@@ -146,14 +146,13 @@ def tokens_to_copying(run: Run) -> float | None:
     shared = [bucket for bucket in told[0] if all(losses.get(bucket) is not None for losses in told)]
     if run.config.init_from or len(shared) < 2:
         return None
-    tokens = [row["tokens"] for row in run.of("val")]
-    used = [losses[shared[0]] - losses[shared[-1]] for losses in told]
-    lowest = used.index(min(used))
-    half = (used[lowest] + used[-1]) / 2
-    if used[-1] - used[lowest] < LEAST_RISE or used[0] >= half:
+    first, last = shared[0], shared[-1]
+    unused = [(row["tokens"], row["by_position"][last] - row["by_position"][first]) for row in run.of("val")]
+    least_use = max(range(len(unused)), key=lambda at: unused[at][1])
+    half = (unused[least_use][1] + unused[-1][1]) / 2
+    if unused[least_use][1] - unused[-1][1] < LEAST_RISE or unused[0][1] <= half:
         return None
-    there = next(at for at in range(lowest, len(used)) if used[at] >= half)
-    return float(np.interp(half, used[there - 1 : there + 1], tokens[there - 1 : there + 1]))
+    return _tokens_to(unused[least_use:], half)
 
 
 def _lead_row(run: Run, arms: Arms) -> dict[str, Any]:

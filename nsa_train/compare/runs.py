@@ -138,9 +138,8 @@ class Run:
 
     @property
     def in_graphs(self) -> bool:
-        """Whether training passes were replayed as CUDA graphs. Older runs do not tell; full attention was not then."""
-        could = self.manifest["device"] != "CPU" and self.config.attention.branches != ("full",)
-        return self.manifest.get("cuda_graphs", self.config.in_graphs and could)
+        """Whether training passes were replayed as CUDA graphs; older runs do not tell: by their configuration."""
+        return self.manifest.get("cuda_graphs", self.config.in_graphs and self.manifest["device"] != "CPU")
 
     @property
     def runs_a_device(self) -> int:

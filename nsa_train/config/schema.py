@@ -298,7 +298,7 @@ class TrainerConfig:
     activation_checkpointing: bool
     recomputed: tuple[LayerPart, ...]  # parts of a layer that activation checkpointing computes again
     compile: bool  # torch.compile each layer's attention around the NSA op
-    cuda_graphs: bool | Literal["auto"]  # on a GPU: passes are recorded and replayed; auto: where nothing is against it
+    cuda_graphs: bool | Literal["auto"]  # on a GPU: passes are recorded and replayed; auto: see `Config.in_graphs`
     force_balance: bool  # every expert gets as many tokens, whatever the router says: for benchmarks only
     loss_chunk_tokens: int  # logits exist for so many tokens at once
     log_every: int

@@ -45,12 +45,17 @@ MOST_PADDED = 1.25  # times the tokens; with more padding, one call without any 
 FLASH4_WIDTHS = {(64, 64), (128, 128), (192, 128)}  # of keys and values, where it was measured as the fastest
 
 
+def flash4_takes(key_dim: int, value_dim: int) -> bool:
+    """Whether FlashAttention-4 is here, and was measured as the fastest at these widths."""
+    return (key_dim, value_dim) in FLASH4_WIDTHS and flash4.kernels() is not None
+
+
 def choose_backend(q: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> str:
     """The name of the backend that is fastest for these inputs."""
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
         return "torch"
     widths = q.shape[-1], v.shape[-1]
-    if window is None and widths in FLASH4_WIDTHS and flash4.kernels():
+    if window is None and flash4_takes(*widths):
         return "flash4"
     if window is not None:
         return "varlen" if widths[0] == widths[1] else "efficient"
@@ -165,11 +170,6 @@ def dense_attention(
         return _by_length(q, k, v, ((len(lengths), lengths[0]),), scale, window, backend)
     q, k, v = (_ToRows.apply(x, at) for x in (q, k, v))
     return _ToTokens.apply(_by_length(q, k, v, at.groups, scale, window, backend), at)
-
-
-def recordable(key_dim: int, value_dim: int) -> bool:
-    """Whether `recorded_attention` takes these widths here."""
-    return (key_dim, value_dim) in FLASH4_WIDTHS and flash4.kernels() is not None
 
 
 def recorded_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch.func import functional_call
 
 from nsa_train.model.attention import Probe
 from nsa_train.model.transformer import Output, Transformer
-from nsa_train.ops.dense import recordable
+from nsa_train.ops.dense import flash4_takes
 from nsa_train.packing import Packing
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ def against_replays(model: Transformer, device: torch.device) -> str | None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return "it needs a Hopper GPU or a later one"
     widths = model.config.key_dim, model.config.value_dim
-    if model.layers[0].attention.config.branches == ("full",) and not recordable(*widths):
+    if model.layers[0].attention.config.branches == ("full",) and not flash4_takes(*widths):
         return f"full attention of widths {widths[0]}/{widths[1]} needs FlashAttention-4 for it, on a Hopper GPU"
     return None
 

@@ -9,7 +9,7 @@ import torch
 
 from nsa_train.config.load import load_config
 from nsa_train.model.transformer import Transformer
-from nsa_train.ops.dense import recordable
+from nsa_train.ops.dense import flash4_takes
 from nsa_train.packing import Packing
 from nsa_train.train.graphs import replay_passes
 
@@ -69,7 +69,7 @@ def test_replayed_passes_give_the_bits_of_plain_ones_whatever_the_documents(word
     assert len(held) == len(list(plain.parameters()))
 
 
-@pytest.mark.skipif(not recordable(64, 64), reason="FlashAttention-4 is missing")
+@pytest.mark.skipif(not flash4_takes(64, 64), reason="FlashAttention-4 is missing")
 @pytest.mark.parametrize("arm", ["full", "full_gated"])
 def test_replayed_full_attention_is_that_of_plain_passes_but_for_the_rounding_of_sums(arm):
     """Its backward kernel adds gradients in any order, and a recorded pass has empty documents at its end."""
