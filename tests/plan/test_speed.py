@@ -84,8 +84,9 @@ def test_shares_are_what_the_results_say(kind, table, monkeypatch):
 def test_every_part_of_every_arm_takes_time_and_has_a_share(arm, kind):
     for preset in ("tiny", "r1", "paper_27b"):
         config = alone(
-            f"experiment={preset}", f"attention={arm}", "trainer.dtype=bf16", "trainer.seq_len=4096", ranks=8
-        )
+            f"experiment={preset}", f"attention={arm}", "trainer.dtype=bf16", "trainer.seq_len=4096",
+            "trainer.batch_rows=32", ranks=8,
+        )  # fmt: skip
         seconds = speed.step_seconds(config, kind, 8)
         assert set(seconds) <= set(speed.SHARES[kind])
         scored = arm not in ("nsa_random", "nsa_no_slc")  # selection takes time only where blocks are scored
@@ -149,7 +150,8 @@ def test_zero_3_sends_more_and_zero_1_less_than_zero_2():
 
 
 def test_a_run_of_stages_takes_what_its_stages_take_together():
-    config = load_config(["stages=long_64k", "experiment=r1", "trainer.batch_rows=32", "trainer.steps=9000"])
+    rows = ["trainer.batch_rows=32", "trainer.micro_rows=16"]
+    config = load_config(["stages=long_64k", "experiment=r1", *rows, "trainer.steps=9000"])
     short, long = stages_of(config)
     assert (at_stage(config, long, 1).trainer.seq_len, at_stage(config, long, 1).trainer.micro_rows) == (65536, 2)
     seconds = [sum(speed.step_seconds(at_stage(config, stage, 1), "h100", 1).values()) for stage in (short, long)]
