@@ -1,6 +1,6 @@
 """Train arms of a comparison, one run a GPU at a time or --per-gpu so many, and set them side by side.
 
-python scripts/compare_arms.py sweep --arms full nsa --lrs 2e-3 4e-3 8e-3 --set experiment=r1 seed=100 trainer.steps=1526
+python scripts/compare_arms.py sweep --arms full nsa --lrs 1e-3 2e-3 4e-3 --set experiment=r1 seed=99 trainer.steps=1000
 python scripts/compare_arms.py run --arms full nsa --seeds 0 1 2 --rates runs/r1-lr.json --set experiment=r1
 
 What --set says goes to every run. Ctrl-C, SIGTERM or the end of --until let the runs write checkpoints (exit code 75);

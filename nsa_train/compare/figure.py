@@ -29,6 +29,8 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
             first = run["seed"] == min(r["seed"] for r in runs if r["arm"] == run["arm"])
             points = [(point[key], point["loss"]) for point in run["val"]]
             place.plot(*zip(*points, strict=True), color=colour[run["arm"]], lw=1, label=run["arm"] if first else None)  # type: ignore[arg-type]
+        if not place.lines:
+            place.text(0.5, 0.5, "no run was alone on its device", ha="center", transform=place.transAxes)
         if head["unigram_entropy"] < max(late) + margin:
             place.axhline(head["unigram_entropy"], color="gray", ls="--", lw=1, label="unigram entropy")
         place.set(xlabel=label, ylabel="held-out loss, nats per token", ylim=(min(late) - margin, max(late) + margin))
