@@ -19,6 +19,9 @@ from nsa_train import runtime
 from nsa_train.config.schema import SAFE_NAME
 from nsa_train.errors import NsaTrainError
 
+PLACE = re.compile(
+    r"(?<![^=,\[])/([^/,\]]+/)*(?=[^/,\]])"
+)  # folders of an absolute path: a word, a value, one of a list
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
 
@@ -51,10 +54,10 @@ def gpu_label() -> str:
 
 
 def command_line() -> str:
-    """What the user typed."""
+    """What the user typed; of absolute paths the last part only, as of those in files of kept runs."""
     ours = sys.argv[0].endswith(("__main__.py", "nsa-train"))
-    program = ["nsa-train"] if ours else ["python", sys.argv[0]]
-    return shlex.join([*program, *sys.argv[1:]])
+    program = ["nsa-train"] if ours else ["python", PLACE.sub("", sys.argv[0])]
+    return shlex.join([*program, *(PLACE.sub("", word) for word in sys.argv[1:])])
 
 
 def source(commit: str | None) -> dict[str, Any]:
