@@ -109,10 +109,11 @@ def _setting(head: Row, result: Row) -> list[str]:
     epochs = ", ".join(f"{value:.2f} of {name}" for name, value in corpus["epochs"].items())
     labels, documents = head["heldout_labels"], head["heldout_documents"]
     before = head["steps_before"]
+    rows = ", then ".join(f"{tokens:,}" for tokens in head["row_tokens"])
     trained = f", from weights that runs of {_steps(before)} had trained" if before else ""
     return [
         f"Experiment `{head['experiment']}`: {head['steps']:,} steps of {head['batch_tokens']:,} tokens in rows of "
-        f"{head['seq_len']:,}, {head['tokens']:,} tokens in all{trained}. Corpus {corpus['name']} "
+        f"{rows}, {head['tokens']:,} tokens in all{trained}. Corpus {corpus['name']} "
         f"`{corpus['hash'][:12]}`, epochs {epochs}; tokens by position in their document: {past}. Held out: "
         f"{labels:,} labels of {documents:,} documents, unigram entropy {head['unigram_entropy']:.4f} nats. "
         f"{_endpoints(head)}",

@@ -13,6 +13,7 @@ from nsa_train.compare.cuts import MIXTURE, TEXT, WHOLE, cuts_of, losses_of, pai
 from nsa_train.compare.levels import levels, reached, secondary
 from nsa_train.compare.runs import ARM_KEYS, Arms, Run
 from nsa_train.compare.statistics import spread
+from nsa_train.data.stages import stages_of
 from nsa_train.train.answers import settings_of
 
 # What a row of `nsa-train eval` is called in the report, and what the report takes from it.
@@ -55,6 +56,7 @@ def _setting(arms: Arms) -> dict[str, Any]:
     return {
         "experiment": run.config.experiment, "baseline": arms.baseline, "corpus": run.manifest["corpus"],
         "unigram_entropy": run.summary["unigram_entropy"], "seq_len": trainer.seq_len, "steps": trainer.steps,
+        "row_tokens": [stage.seq_len for stage in stages_of(run.config)],
         "batch_tokens": trainer.seq_len * trainer.batch_rows, "tokens": run.summary["tokens"],
         "steps_before": run.steps_before,
         "heldout_documents": len(heldout.document), "heldout_labels": int(heldout.position[..., 1].sum()),
