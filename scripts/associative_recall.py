@@ -1,0 +1,236 @@
+"""Whether an arm learns to find what it needs: facts in a document, asked for later in it, and nothing else to learn.
+
+python scripts/associative_recall.py --arms full nsa nsa_random window
+
+A document is filler of random tokens. In its first two thirds stand facts, a key and its value; in the last third
+each key stands once more, and the token to predict is its value (multi-query associative recall, arXiv 2312.04927).
+Models are small, blocks and windows too, so that most of a document is neither in the window nor in forced blocks;
+`--set` takes other sizes, the paper's for example. Answers count where NSA has to select: where the fact's block is no
+forced one and the fact lies before the window. Told are the share of them that is right, and, of each layer, the share
+whose block was read, beside what blocks drawn at random would give.
+
+Curves go into <out>/associative_recall.json, an arm's in place of its earlier ones, and into a PNG beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nsa_train import runtime
+from nsa_train.bench import results
+from nsa_train.bench.figures import save_figure
+from nsa_train.config.load import load_config
+from nsa_train.config.schema import Config
+from nsa_train.data.loader import NO_LABEL
+from nsa_train.errors import NsaTrainError
+from nsa_train.model.attention import Attended
+from nsa_train.model.branches import spec_of
+from nsa_train.model.transformer import Transformer
+from nsa_train.packing import Packing
+from nsa_train.parallel.engine import Engine, engine_settings, start_processes, stop_processes
+from nsa_train.train.optim import build_optimizer, lr_at
+
+NAME = "associative_recall"
+SMALL = (
+    "model.layers=2", "model.vocab=300", "model.heads=8", "model.kv_heads=1", "attention.slc_count=3",
+    "attention.slc_local=1", "attention.window=16", "trainer.seq_len=192", "trainer.batch_rows=16",
+    "trainer.steps=1000",
+)  # fmt: skip
+ASKED_ROWS = 64  # of an evaluation, about
+
+
+class Documents(NamedTuple):
+    """[B, T] each: tokens; labels, NO_LABEL but at a question's key; where the fact lies that is asked for, or -1."""
+
+    tokens: Tensor
+    labels: Tensor
+    fact: Tensor
+
+
+def documents(config: Config, facts: int, key: object) -> Documents:
+    """A third of the vocabulary each are keys, values and filler; a key and what follows it begin at an even place."""
+    rows, length, third = config.trainer.batch_rows, config.trainer.seq_len, config.model.vocab // 3
+    draw = torch.Generator().manual_seed(runtime.seed_of(config.seed, NAME, key))
+    tokens = torch.randint(2 * third, 3 * third, (rows, length), generator=draw)
+    labels, fact = torch.full_like(tokens, NO_LABEL), torch.full_like(tokens, -1)
+    told, row = length // 3, torch.arange(rows)[:, None]  # pairs of places in the first two thirds
+    asked = length // 2 - told
+    at = 2 * torch.rand(rows, told, generator=draw).argsort(1)[:, :facts]
+    question = 2 * (told + torch.rand(rows, asked, generator=draw).argsort(1)[:, :facts])
+    keys = torch.rand(rows, third, generator=draw).argsort(1)[:, :facts]
+    values = torch.randint(third, 2 * third, (rows, facts), generator=draw)
+    for place in (at, question):
+        tokens[row, place], tokens[row, place + 1] = keys, values
+    labels[row, question], fact[row, question] = values, at
+    return Documents(tokens, labels, fact)
+
+
+class Selected(NamedTuple):
+    """Of every token: whether its fact needs selection, and the chance that blocks drawn at random hold it."""
+
+    needs: Tensor
+    chance: Tensor
+
+
+def selected(config: Config, fact: Tensor) -> Selected:
+    """By the sizes of `attention`, also of arms that do not select."""
+    spec, place = spec_of(config.attention), torch.arange(fact.shape[1])
+    block, own = fact // spec.slc_block, place // spec.slc_block
+    free = own - spec.slc_local + 1 - spec.slc_init  # blocks that are not forced
+    needs = (fact >= 0) & (block >= spec.slc_init) & (block <= own - spec.slc_local) & (place - fact >= spec.window)
+    drawn = spec.slc_count - spec.slc_init - spec.slc_local
+    return Selected(needs, (drawn / free.clamp_min(1)).clamp_max(1).expand_as(fact))
+
+
+class Trained:
+    """An arm and its engine."""
+
+    def __init__(self, config: Config, facts: int) -> None:
+        self.config, self.facts, self.device = config, facts, runtime.device()
+        rows, length = config.trainer.batch_rows, config.trainer.seq_len
+        self.packing = Packing.from_lengths((length,) * rows).to(self.device)
+        self.model = Transformer(config.model, config.attention, config.moe)
+        self.model.start(config.seed)
+        self.model.to(self.device).train()
+        dtype = runtime.dtype_of(config.trainer.dtype)
+        settings = engine_settings(config.parallel, dtype, config.optim.clip, 1, 1, 1)
+        self.engine = Engine(self.model, build_optimizer(self.model, config.optim), settings)
+
+    def step(self, number: int) -> None:
+        config = self.config
+        made = documents(config, self.facts, number)
+        labels = made.labels.flatten().to(self.device)
+        self.engine.set_lr(lr_at(number, config.trainer.steps, config.optim.lr, config.schedule))
+        chunk = config.trainer.loss_chunk_tokens
+        out = self.engine(made.tokens.flatten().to(self.device), labels, self.packing, chunk)
+        self.engine.backward(out.token_losses.sum() / (labels != NO_LABEL).sum())
+        self.model.balance_experts(out.load)
+
+    @torch.no_grad()
+    def ask(self) -> dict[str, Any]:
+        """loss, right and asked of answers that need selection; read by layer and chance where blocks are chosen."""
+        self.model.eval()
+        found = [self._ask(i) for i in range(-(-ASKED_ROWS // self.config.trainer.batch_rows))]
+        self.model.train()
+        parts = {name: torch.cat([one[name] for one in found]).double() for name in found[0]}
+        read = [parts[name].mean().item() for name in parts if name.startswith("layer")]
+        whole = {name: parts[name].mean().item() for name in ("loss", "right", "chance")}
+        return {**whole, "asked": len(parts["right"]), "read": read, "chance": whole["chance"] if read else None}
+
+    def _ask(self, number: int) -> dict[str, Tensor]:
+        made = documents(self.config, self.facts, ("asked", number))
+        needs, chance = (part.flatten() for part in selected(self.config, made.fact))
+        fact = (made.fact.flatten() // self.config.attention.slc_block)[needs].to(self.device)
+        blocks: dict[str, Tensor] = {}
+
+        def watch(layer: int, attended: Attended) -> None:
+            if attended.blocks is not None:
+                blocks[f"layer {layer}"] = (attended.blocks[needs.to(self.device)] == fact[:, None, None]).any(-1)
+
+        self.model.watch(watch)
+        logits = self.model.logits(made.tokens.flatten().to(self.device), self.packing)[needs.to(self.device)].float()
+        self.model.watch(None)
+        answers = made.labels.flatten()[needs].to(self.device)
+        losses = torch.nn.functional.cross_entropy(logits, answers, reduction="none")
+        read = {name: held.float().mean(1).cpu() for name, held in blocks.items()}  # mean over the KV heads
+        return {"loss": losses.cpu(), "right": (logits.argmax(-1) == answers).cpu(), "chance": chance[needs], **read}
+
+
+def curve(config: Config, facts: int, every: int, minutes: float) -> Iterator[dict[str, Any]]:
+    """A row for each evaluation, until all steps are done or the time is over."""
+    trained, begun = Trained(config, facts), time.monotonic()
+    for step in range(config.trainer.steps):
+        trained.step(step)
+        over = time.monotonic() - begun > 60 * minutes
+        if (step + 1) % every == 0 or step + 1 == config.trainer.steps or over:
+            row = trained.ask()
+            read = " ".join(f"{share:.0%}" for share in row["read"])
+            runtime.log.info(
+                "%s, step %d: %.1f%% of %d answers right, loss %.3f%s",
+                config.arm, step + 1, 100 * row["right"], row["asked"], row["loss"],
+                f", their blocks read {read} (by chance {row['chance']:.0%})" if read else "",
+            )  # fmt: skip
+            yield {"arm": config.arm, "step": step + 1, **row}
+        if over:
+            return
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (right, read) = plt.subplots(1, 2, figsize=(13, 4.5), dpi=100)
+    for number, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
+        mine = [row for row in rows if row["arm"] == arm]
+        steps = [row["step"] for row in mine]
+        right.plot(steps, [row["right"] for row in mine], color=f"C{number}", label=arm)
+        for layer, style in zip(range(len(mine[0]["read"])), ("-", "--", "-.", ":"), strict=False):
+            shares = [row["read"][layer] for row in mine]
+            read.plot(steps, shares, color=f"C{number}", ls=style, label=f"{arm}, layer {layer}")
+    chances = [row["chance"] for row in rows if row["chance"] is not None]
+    if chances:
+        read.axhline(chances[0], color="gray", lw=1, label="by chance")
+        read.legend()
+    right.set(xlabel="steps", ylabel="answers that are right", ylim=(-0.02, 1.02))
+    read.set(xlabel="steps", ylabel="answers whose block was read", ylim=(-0.02, 1.02))
+    right.legend()
+    for place in (right, read):
+        place.grid(alpha=0.3)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=["full", "nsa", "nsa_random", "window"], metavar="ARM")
+    parser.add_argument("--facts", type=int, default=8, help="of a document, and questions")
+    parser.add_argument("--every", type=int, default=50, help="steps from one evaluation to the next")
+    parser.add_argument("--minutes", type=float, default=60.0, help="of an arm, at most")
+    parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of JSON and PNG")
+    parser.add_argument("--name", default=NAME, help="of JSON and PNG")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="for all arms")
+    args = parser.parse_args()
+    runtime.setup_console()
+    try:
+        return run(args)
+    except NsaTrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def run(args: argparse.Namespace) -> int:
+    configs = [load_config([*SMALL, *args.set, f"attention={arm}"]) for arm in args.arms]
+    path = args.out / f"{results.safe_name(args.name)}.json"
+    for config in configs:
+        third = config.model.vocab // 3
+        most = min(third, config.trainer.seq_len // 2 - config.trainer.seq_len // 3)
+        if not 0 < args.facts <= most or args.every < 1:
+            raise NsaTrainError(f"--facts {args.facts} must be 1 to {most}, and --every {args.every} 1 or more")
+        if not selected(config, documents(config, args.facts, 0).fact).needs.any():
+            raise NsaTrainError("no fact lies behind window and forced blocks; set a longer trainer.seq_len")
+    runtime.launch_alone()
+    start_processes(runtime.device(), configs[0].parallel.timeout_s)
+    try:
+        for config in configs:
+            rows = list(curve(config, args.facts, args.every, args.minutes))
+            rows = results.with_earlier(path, rows, lambda row: row["arm"])
+            results.write_result(path.stem, NAME, rows, folder=args.out)
+            plot(rows, path.with_suffix(".png"))
+    finally:
+        stop_processes()
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
