@@ -47,6 +47,13 @@ SMALL = (
 ASKED_ROWS = 64  # of an evaluation, about
 
 
+class Task(NamedTuple):
+    """facts of a document, each asked for once; keys and as many values that there are, of them and for them."""
+
+    facts: int
+    words: int
+
+
 class Documents(NamedTuple):
     """[B, T] each: tokens; labels, NO_LABEL but at a question's key; where the fact lies that is asked for, or -1."""
 
@@ -55,18 +62,19 @@ class Documents(NamedTuple):
     fact: Tensor
 
 
-def documents(config: Config, facts: int, key: object) -> Documents:
-    """A third of the vocabulary each are keys, values and filler; a key and what follows it begin at an even place."""
-    rows, length, third = config.trainer.batch_rows, config.trainer.seq_len, config.model.vocab // 3
+def documents(config: Config, task: Task, key: object) -> Documents:
+    """The first tokens of the vocabulary are keys, then come values, then filler. A key stands at an even place."""
+    facts, words = task
+    rows, length = config.trainer.batch_rows, config.trainer.seq_len
     draw = torch.Generator().manual_seed(runtime.seed_of(config.seed, NAME, key))
-    tokens = torch.randint(2 * third, 3 * third, (rows, length), generator=draw)
+    tokens = torch.randint(2 * words, config.model.vocab, (rows, length), generator=draw)
     labels, fact = torch.full_like(tokens, NO_LABEL), torch.full_like(tokens, -1)
     told, row = length // 3, torch.arange(rows)[:, None]  # pairs of places in the first two thirds
     asked = length // 2 - told
     at = 2 * torch.rand(rows, told, generator=draw).argsort(1)[:, :facts]
     question = 2 * (told + torch.rand(rows, asked, generator=draw).argsort(1)[:, :facts])
-    keys = torch.rand(rows, third, generator=draw).argsort(1)[:, :facts]
-    values = torch.randint(third, 2 * third, (rows, facts), generator=draw)
+    keys = torch.rand(rows, words, generator=draw).argsort(1)[:, :facts]
+    values = torch.randint(words, 2 * words, (rows, facts), generator=draw)
     for place in (at, question):
         tokens[row, place], tokens[row, place + 1] = keys, values
     labels[row, question], fact[row, question] = values, at
@@ -93,8 +101,8 @@ def selected(config: Config, fact: Tensor) -> Selected:
 class Trained:
     """An arm and its engine."""
 
-    def __init__(self, config: Config, facts: int) -> None:
-        self.config, self.facts, self.device = config, facts, runtime.device()
+    def __init__(self, config: Config, task: Task) -> None:
+        self.config, self.task, self.device = config, task, runtime.device()
         rows, length = config.trainer.batch_rows, config.trainer.seq_len
         self.packing = Packing.from_lengths((length,) * rows).to(self.device)
         self.model = Transformer(config.model, config.attention, config.moe)
@@ -106,7 +114,7 @@ class Trained:
 
     def step(self, number: int) -> None:
         config = self.config
-        made = documents(config, self.facts, number)
+        made = documents(config, self.task, number)
         labels = made.labels.flatten().to(self.device)
         self.engine.set_lr(lr_at(number, config.trainer.steps, config.optim.lr, config.schedule))
         chunk = config.trainer.loss_chunk_tokens
@@ -126,7 +134,7 @@ class Trained:
         return {**whole, "asked": len(parts["right"]), "read": read, "chance": whole["chance"] if read else None}
 
     def _ask(self, number: int) -> dict[str, Tensor]:
-        made = documents(self.config, self.facts, ("asked", number))
+        made = documents(self.config, self.task, ("asked", number))
         needs, chance = (part.flatten() for part in selected(self.config, made.fact))
         fact = (made.fact.flatten() // self.config.attention.slc_block)[needs].to(self.device)
         blocks: dict[str, Tensor] = {}
@@ -144,9 +152,9 @@ class Trained:
         return {"loss": losses.cpu(), "right": (logits.argmax(-1) == answers).cpu(), "chance": chance[needs], **read}
 
 
-def curve(config: Config, facts: int, every: int, minutes: float) -> Iterator[dict[str, Any]]:
+def curve(config: Config, task: Task, every: int, minutes: float) -> Iterator[dict[str, Any]]:
     """A row for each evaluation, until all steps are done or the time is over."""
-    trained, begun = Trained(config, facts), time.monotonic()
+    trained, begun = Trained(config, task), time.monotonic()
     for step in range(config.trainer.steps):
         trained.step(step)
         over = time.monotonic() - begun > 60 * minutes
@@ -194,6 +202,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", default=["full", "nsa", "nsa_random", "window"], metavar="ARM")
     parser.add_argument("--facts", type=int, default=8, help="of a document, and questions")
+    parser.add_argument("--words", type=int, default=32, help="that are keys, and as many values")
     parser.add_argument("--every", type=int, default=50, help="steps from one evaluation to the next")
     parser.add_argument("--minutes", type=float, default=60.0, help="of an arm, at most")
     parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of JSON and PNG")
@@ -210,19 +219,22 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> int:
     configs = [load_config([*SMALL, *args.set, f"attention={arm}"]) for arm in args.arms]
+    task = Task(args.facts, args.words)
     path = args.out / f"{results.safe_name(args.name)}.json"
     for config in configs:
-        third = config.model.vocab // 3
-        most = min(third, config.trainer.seq_len // 2 - config.trainer.seq_len // 3)
-        if not 0 < args.facts <= most or args.every < 1:
-            raise NsaTrainError(f"--facts {args.facts} must be 1 to {most}, and --every {args.every} 1 or more")
-        if not selected(config, documents(config, args.facts, 0).fact).needs.any():
+        most = min(args.words, config.trainer.seq_len // 2 - config.trainer.seq_len // 3)
+        if not 0 < args.facts <= most or not args.words < config.model.vocab // 2 or args.every < 1:
+            raise NsaTrainError(
+                f"--facts {args.facts} must be 1 to {most}, --words {args.words} less than half of model.vocab="
+                f"{config.model.vocab}, and --every {args.every} 1 or more"
+            )
+        if not selected(config, documents(config, task, 0).fact).needs.any():
             raise NsaTrainError("no fact lies behind window and forced blocks; set a longer trainer.seq_len")
     runtime.launch_alone()
     start_processes(runtime.device(), configs[0].parallel.timeout_s)
     try:
         for config in configs:
-            rows = list(curve(config, args.facts, args.every, args.minutes))
+            rows = list(curve(config, task, args.every, args.minutes))
             rows = results.with_earlier(path, rows, lambda row: row["arm"])
             results.write_result(path.stem, NAME, rows, folder=args.out)
             plot(rows, path.with_suffix(".png"))

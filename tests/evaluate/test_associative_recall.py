@@ -27,7 +27,7 @@ def config(script):
 
 
 def test_every_question_has_its_fact_before_it(script, config):
-    tokens, labels, fact = script.documents(config, FACTS, 0)
+    tokens, labels, fact = script.documents(config, script.Task(FACTS, 40), 0)
     row, place = (labels != NO_LABEL).nonzero(as_tuple=True)
     assert len(row) == FACTS * config.trainer.batch_rows
     at = fact[row, place]
@@ -39,12 +39,12 @@ def test_every_question_has_its_fact_before_it(script, config):
     assert torch.equal(tokens[row, place + 1], labels[row, place])
     for one in range(len(tokens)):
         assert len(tokens[one][fact[one] >= 0].unique()) == FACTS
-    assert not torch.equal(tokens, script.documents(config, FACTS, 1).tokens)
+    assert not torch.equal(tokens, script.documents(config, script.Task(FACTS, 40), 1).tokens)
 
 
 def test_selection_is_needed_where_neither_forced_blocks_nor_the_window_hold_the_fact(script, config):
     spec, T = spec_of(config.attention), config.trainer.seq_len
-    _, _, fact = script.documents(config, FACTS, 0)
+    _, _, fact = script.documents(config, script.Task(FACTS, 40), 0)
     needs, _ = script.selected(config, fact)
     forced = fixed_blocks(torch.arange(T), 1, spec, None)[:, 0]
     for row, place in (fact >= 0).nonzero().tolist():
@@ -56,7 +56,7 @@ def test_selection_is_needed_where_neither_forced_blocks_nor_the_window_hold_the
 
 def test_the_chance_is_that_of_blocks_drawn_at_random(script, config):
     spec, T = spec_of(config.attention), config.trainer.seq_len
-    _, _, fact = script.documents(config, FACTS, 0)
+    _, _, fact = script.documents(config, script.Task(FACTS, 40), 0)
     needs, chance = script.selected(config, fact)
     row, place = needs.nonzero(as_tuple=True)
     block = fact[row, place] // spec.slc_block
@@ -83,7 +83,9 @@ def test_arms_add_up_in_one_file(script, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--facts", "33"], "--facts 33 must be 1 to 32"),
+        (["--facts", "33", "--words", "40"], "--facts 33 must be 1 to 32"),
+        (["--facts", "9", "--words", "8"], "--facts 9 must be 1 to 8"),
+        (["--words", "150"], "--words 150 less than half of model.vocab=300"),
         (["--set", "attention.window=192"], "no fact lies behind window and forced blocks"),
         (["--name", "a/b"], "--name 'a/b'"),
     ],
