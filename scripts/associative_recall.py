@@ -40,9 +40,9 @@ from nsa_train.train.optim import build_optimizer, lr_at
 
 NAME = "associative_recall"
 SMALL = (
-    "model.layers=2", "model.vocab=300", "model.heads=8", "model.kv_heads=1", "attention.slc_count=3",
-    "attention.slc_local=1", "attention.window=16", "trainer.seq_len=192", "trainer.batch_rows=16",
-    "trainer.steps=1000",
+    "model.layers=2", "model.dense_layers=2", "model.width=96", "model.vocab=300", "model.heads=8", "model.kv_heads=1",
+    "attention.slc_count=3", "attention.slc_local=1", "attention.window=16", "trainer.seq_len=192",
+    "trainer.batch_rows=16", "trainer.steps=700", "schedule=wsd",
 )  # fmt: skip
 ASKED_ROWS = 64  # of an evaluation, about
 
