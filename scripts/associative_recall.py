@@ -5,11 +5,11 @@ python scripts/associative_recall.py --arms full nsa nsa_random window
 A document is filler of random tokens. In its first two thirds stand facts, a key and its value; in the last third
 each key stands once more, and the token to predict is its value (multi-query associative recall, arXiv 2312.04927).
 Models are small, blocks and windows too, so that most of a document is neither in the window nor in forced blocks;
-`--set` takes other sizes, the paper's for example. Answers count where NSA has to select: where the fact's block is no
-forced one and the fact lies before the window. Told are the share of them that is right, and, of each layer, the share
-whose block was read, beside what blocks drawn at random would give.
+`--set` takes other sizes, the paper's for example. Only answers for which NSA has to select count: the fact's block is
+no forced one, and the fact lies before the window. Reported are the share of them that is right, and, of each layer,
+the share whose block was read, beside what blocks drawn at random would give.
 
-Curves go into <out>/associative_recall.json, an arm's in place of its earlier ones, and into a PNG beside it.
+Curves go into <out>/<name>.json while they grow, an arm's in place of its earlier ones, and into a PNG beside it.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ SMALL = (
     "trainer.batch_rows=16", "trainer.steps=700", "schedule=wsd",
 )  # fmt: skip
 ASKED_ROWS = 64  # of an evaluation, about
+STYLES = ("-", "--", "-.", ":")  # of layers
 
 
 class Task(NamedTuple):
-    """facts of a document, each asked for once; keys and as many values that there are, of them and for them."""
+    """facts: told in a document, and asked for once each; words: how many keys there are, and as many values."""
 
     facts: int
     words: int
@@ -122,34 +123,36 @@ class Trained:
         self.engine.backward(out.token_losses.sum() / (labels != NO_LABEL).sum())
         self.model.balance_experts(out.load)
 
-    @torch.no_grad()
-    def ask(self) -> dict[str, Any]:
-        """loss, right and asked of answers that need selection; read by layer and chance where blocks are chosen."""
-        self.model.eval()
-        found = [self._ask(i) for i in range(-(-ASKED_ROWS // self.config.trainer.batch_rows))]
-        self.model.train()
-        parts = {name: torch.cat([one[name] for one in found]).double() for name in found[0]}
-        read = [parts[name].mean().item() for name in parts if name.startswith("layer")]
-        whole = {name: parts[name].mean().item() for name in ("loss", "right", "chance")}
-        return {**whole, "asked": len(parts["right"]), "read": read, "chance": whole["chance"] if read else None}
 
-    def _ask(self, number: int) -> dict[str, Tensor]:
-        made = documents(self.config, self.task, ("asked", number))
-        needs, chance = (part.flatten() for part in selected(self.config, made.fact))
-        fact = (made.fact.flatten() // self.config.attention.slc_block)[needs].to(self.device)
-        blocks: dict[str, Tensor] = {}
+@torch.no_grad()
+def ask(model: Transformer, config: Config, task: Task, packing: Packing) -> dict[str, Any]:
+    """loss, right and asked of answers that need selection; read by layer and chance where blocks are chosen."""
+    model.eval()
+    found = [_ask(model, config, task, packing, i) for i in range(-(-ASKED_ROWS // config.trainer.batch_rows))]
+    model.train()
+    parts = {name: torch.cat([one[name] for one in found]).double() for name in found[0]}
+    read = [parts[name].mean().item() for name in parts if name.startswith("layer")]
+    whole = {name: parts[name].mean().item() for name in ("loss", "right", "chance")}
+    return {**whole, "asked": len(parts["right"]), "read": read, "chance": whole["chance"] if read else None}
 
-        def watch(layer: int, attended: Attended) -> None:
-            if attended.blocks is not None:
-                blocks[f"layer {layer}"] = (attended.blocks[needs.to(self.device)] == fact[:, None, None]).any(-1)
 
-        self.model.watch(watch)
-        logits = self.model.logits(made.tokens.flatten().to(self.device), self.packing)[needs.to(self.device)].float()
-        self.model.watch(None)
-        answers = made.labels.flatten()[needs].to(self.device)
-        losses = torch.nn.functional.cross_entropy(logits, answers, reduction="none")
-        read = {name: held.float().mean(1).cpu() for name, held in blocks.items()}  # mean over the KV heads
-        return {"loss": losses.cpu(), "right": (logits.argmax(-1) == answers).cpu(), "chance": chance[needs], **read}
+def _ask(model: Transformer, config: Config, task: Task, packing: Packing, number: int) -> dict[str, Tensor]:
+    device, made = packing.cu_seqlens.device, documents(config, task, ("asked", number))
+    needs, chance = (part.flatten() for part in selected(config, made.fact))
+    fact = (made.fact.flatten() // config.attention.slc_block)[needs].to(device)
+    blocks: dict[str, Tensor] = {}
+
+    def watch(layer: int, attended: Attended) -> None:
+        if attended.blocks is not None:
+            blocks[f"layer {layer}"] = (attended.blocks[needs.to(device)] == fact[:, None, None]).any(-1)
+
+    model.watch(watch)
+    logits = model.logits(made.tokens.flatten().to(device), packing)[needs.to(device)].float()
+    model.watch(None)
+    answers = made.labels.flatten()[needs].to(device)
+    losses = torch.nn.functional.cross_entropy(logits, answers, reduction="none")
+    read = {name: held.float().mean(1).cpu() for name, held in blocks.items()}  # mean over the KV heads
+    return {"loss": losses.cpu(), "right": (logits.argmax(-1) == answers).cpu(), "chance": chance[needs], **read}
 
 
 def curve(config: Config, task: Task, every: int, minutes: float) -> Iterator[dict[str, Any]]:
@@ -159,7 +162,7 @@ def curve(config: Config, task: Task, every: int, minutes: float) -> Iterator[di
         trained.step(step)
         over = time.monotonic() - begun > 60 * minutes
         if (step + 1) % every == 0 or step + 1 == config.trainer.steps or over:
-            row = trained.ask()
+            row = ask(trained.model, config, task, trained.packing)
             read = " ".join(f"{share:.0%}" for share in row["read"])
             runtime.log.info(
                 "%s, step %d: %.1f%% of %d answers right, loss %.3f%s",
@@ -182,9 +185,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         mine = [row for row in rows if row["arm"] == arm]
         steps = [row["step"] for row in mine]
         right.plot(steps, [row["right"] for row in mine], color=f"C{number}", label=arm)
-        for layer, style in zip(range(len(mine[0]["read"])), ("-", "--", "-.", ":"), strict=False):
+        for layer in range(len(mine[0]["read"])):
             shares = [row["read"][layer] for row in mine]
-            read.plot(steps, shares, color=f"C{number}", ls=style, label=f"{arm}, layer {layer}")
+            read.plot(steps, shares, color=f"C{number}", ls=STYLES[layer % len(STYLES)], label=f"{arm}, layer {layer}")
     chances = [row["chance"] for row in rows if row["chance"] is not None]
     if chances:
         read.axhline(chances[0], color="gray", lw=1, label="by chance")
@@ -218,30 +221,47 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    configs = [load_config([*SMALL, *args.set, f"attention={arm}"]) for arm in args.arms]
-    task = Task(args.facts, args.words)
+    configs, task = (
+        [load_config([*SMALL, *args.set, f"attention={arm}"]) for arm in args.arms],
+        Task(args.facts, args.words),
+    )
     path = args.out / f"{results.safe_name(args.name)}.json"
-    for config in configs:
-        most = min(args.words, config.trainer.seq_len // 2 - config.trainer.seq_len // 3)
-        if not 0 < args.facts <= most or not args.words < config.model.vocab // 2 or args.every < 1:
-            raise NsaTrainError(
-                f"--facts {args.facts} must be 1 to {most}, --words {args.words} less than half of model.vocab="
-                f"{config.model.vocab}, and --every {args.every} 1 or more"
-            )
-        if not selected(config, documents(config, task, 0).fact).needs.any():
-            raise NsaTrainError("no fact lies behind window and forced blocks; set a longer trainer.seq_len")
+    about = {"facts": args.facts, "words": args.words, "set": [*map(results.without_folders, args.set)]}
+    _check(configs, task, args.every, path, about)
     runtime.launch_alone()
     start_processes(runtime.device(), configs[0].parallel.timeout_s)
     try:
         for config in configs:
-            rows = list(curve(config, task, args.every, args.minutes))
-            rows = results.with_earlier(path, rows, lambda row: row["arm"])
-            results.write_result(path.stem, NAME, rows, folder=args.out)
-            plot(rows, path.with_suffix(".png"))
+            rows: list[dict[str, Any]] = []
+            for row in curve(config, task, args.every, args.minutes):
+                rows.append({**row, **about})
+                found = results.with_earlier(path, rows, lambda row: row["arm"])
+                results.write_result(path.stem, NAME, found, folder=args.out)
+                plot(found, path.with_suffix(".png"))
     finally:
         stop_processes()
     print(path)
     return 0
+
+
+def _check(configs: list[Config], task: Task, every: int, path: Path, about: dict[str, Any]) -> None:
+    """NsaTrainError for what would be found wrong only after a training."""
+    if every < 1:
+        raise NsaTrainError(f"--every {every} must be 1 or more")
+    for config in configs:
+        vocab, length = config.model.vocab, config.trainer.seq_len
+        if not 0 < task.words < vocab // 2:
+            raise NsaTrainError(f"--words {task.words} must be positive and less than half of model.vocab={vocab}")
+        most = min(task.words, length // 2 - length // 3)
+        if not 0 < task.facts <= most:
+            raise NsaTrainError(f"--facts {task.facts} must be 1 to {most}")
+        if not selected(config, documents(config, task, 0).fact).needs.any():
+            raise NsaTrainError("no fact lies behind window and forced blocks; set a longer trainer.seq_len")
+    if path.parent.exists() and not path.parent.is_dir():
+        raise NsaTrainError(f"--out {path.parent}: there is a file of that name; choose another folder")
+    for row in results.with_earlier(path, [], lambda row: row["arm"]):
+        if differ := {key: row.get(key) for key in about if row.get(key) != about[key]}:
+            raise NsaTrainError(f"{path} holds answers to other questions ({differ}); choose another --name")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Train arms of a comparison, one run a GPU at a time or --per-gpu so many, and set them side by side.
 
-python scripts/compare_arms.py sweep --arms full nsa --lrs 1e-3 2e-3 4e-3 --set experiment=r1 seed=99 trainer.steps=1000
+python scripts/compare_arms.py sweep --arms full nsa --lrs 1e-3 2e-3 4e-3 \\
+    --set experiment=r1 seed=100 trainer.steps=1000 schedule.warmup_share=0.3
 python scripts/compare_arms.py run --arms full nsa --seeds 0 1 2 --rates runs/r1-lr.json --set experiment=r1
 
 What --set says goes to every run. Ctrl-C, SIGTERM or the end of --until let the runs write checkpoints (exit code 75);
@@ -263,7 +264,7 @@ def sweep(queue: Queue, arms: list[str], lrs: list[float], overrides: list[str])
         shown = ", ".join(f"{lr:g}: {'diverged' if loss is None else f'{loss:.4f}'}" for lr, loss in losses.items())
         rows.append(
             {"arm": arm, "lr": best, "at_edge": edge, "losses": {f"{lr:g}": loss for lr, loss in losses.items()},
-             "set": overrides}
+             "set": [*map(results.without_folders, overrides)]}
         )  # fmt: skip
         print(f"{arm}: best learning rate {best:g} of {shown}" + ("; at the edge: extend --lrs" if edge else ""))
     config = next(iter(jobs.values())).config

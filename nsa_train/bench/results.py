@@ -19,9 +19,8 @@ from nsa_train import runtime
 from nsa_train.config.schema import SAFE_NAME
 from nsa_train.errors import NsaTrainError
 
-PLACE = re.compile(
-    r"(?<![^=,\[])/([^/,\]]+/)*(?=[^/,\]])"
-)  # folders of an absolute path: a word, a value, one of a list
+# The folders of an absolute path: of a word, a value, one of a list, or what quotes or a scheme stand before.
+FOLDERS = re.compile(r"""(?<![^\s=,:'"\[({])/([^/,'"\])}]+/)*(?=[^\s/,'"\])}])""")
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
 
@@ -53,11 +52,16 @@ def gpu_label() -> str:
     return found.group().lower() if found else "gpu"
 
 
+def without_folders(word: str) -> str:
+    """A word of a command, of its absolute paths the last part only, as files of kept runs do."""
+    return FOLDERS.sub("", word)
+
+
 def command_line() -> str:
-    """What the user typed; of absolute paths the last part only, as of those in files of kept runs."""
+    """What the user typed, `without_folders`."""
     ours = sys.argv[0].endswith(("__main__.py", "nsa-train"))
-    program = ["nsa-train"] if ours else ["python", PLACE.sub("", sys.argv[0])]
-    return shlex.join([*program, *(PLACE.sub("", word) for word in sys.argv[1:])])
+    program = ["nsa-train"] if ours else ["python", without_folders(sys.argv[0])]
+    return shlex.join([*program, *map(without_folders, sys.argv[1:])])
 
 
 def source(commit: str | None) -> dict[str, Any]:
