@@ -22,7 +22,7 @@ def plot_comparison(rows: list[Row], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     head = rows[0]
     arms = [row["arm"] for row in rows if row["what"] == "arm"]
@@ -30,11 +30,11 @@ def plot_comparison(rows: list[Row], path: Path) -> None:
     differences = [row for row in rows if row["what"] == "difference" and row["baseline"] == head["baseline"]]
     colour = {arm: f"C{i}" for i, arm in enumerate(arms)}
     figure, axes = plt.subplots(2, 4, figsize=(20, 9), dpi=100)
-    for place, (key, label) in zip(axes[0], AXES, strict=False):
+    for place, (key, label) in zip(axes[0][:3], AXES, strict=True):
         _curves(place, head, [run for run in runs if key != "seconds" or run["runs_a_device"] == 1], runs, key, colour)
         place.set(xlabel=label, ylabel="held-out loss, nats per token")
     _leads(axes[0][3], head, runs, colour)
-    for place, (kind, label) in zip(axes[1], CUTS, strict=False):
+    for place, (kind, label) in zip(axes[1][:2], CUTS, strict=True):
         _differences(place, [d for d in differences if d["cut"].startswith(kind) and "+" not in d["cut"]], colour)
         interval = ", 95% interval" if any(d["low"] is not None for d in differences) else ", one seed"
         place.axhline(0, color=colour[head["baseline"]], lw=1)
@@ -45,12 +45,13 @@ def plot_comparison(rows: list[Row], path: Path) -> None:
             axes[1][3].plot(run["tokens_to_copying"], run["text_loss"], "o", color=colour[run["arm"]])
     axes[1][2].set_xticks(range(len(arms)), arms, rotation=30)
     axes[1][2].set(ylabel="held-out loss of text at the end, each seed")
-    _or_words(axes[1][3], "no run learnt to copy on the way")
+    _or_words(axes[1][3], "no run learnt to copy after its start")
     axes[1][3].set(xlabel="tokens to copying", ylabel="held-out loss of text at the end")
     for place in axes.flat:
         place.grid(alpha=0.3)
-    for place in (axes[0][0], axes[0][1], axes[0][3], axes[1][3]):
+    for place in (place for place in (axes[0][0], axes[0][1], axes[0][3], axes[1][3]) if place.lines):
         place.xaxis.set_major_formatter(EngFormatter())
+        place.xaxis.set_major_locator(MaxNLocator(5))
     axes[0][0].legend()
     reached = f"{head['level']}: {head['title']}" if head["level"] else "no level reached"
     figure.suptitle(f"{head['experiment']}, {head['tokens']:,} tokens, corpus {head['corpus']['hash'][:12]}. {reached}")
@@ -59,7 +60,7 @@ def plot_comparison(rows: list[Row], path: Path) -> None:
 
 
 def _curves(place: Axes, head: Row, shown: list[Row], runs: list[Row], key: str, colour: dict[str, str]) -> None:
-    late = [point["loss"] for run in runs for point in run["val"] if point["tokens"] >= SHOWN_FROM * head["tokens"]]
+    late = [point["loss"] for run in runs for point in _shown(head, run)]
     margin = 0.05 * (max(late) - min(late)) + 0.01
     for run in shown:
         first = run["seed"] == min(r["seed"] for r in runs if r["arm"] == run["arm"])
@@ -76,9 +77,8 @@ def _leads(place: Axes, head: Row, runs: list[Row], colour: dict[str, str]) -> N
     baseline = {run["seed"]: run["val"] for run in runs if run["arm"] == head["baseline"]}
     for run in (run for run in runs if run["arm"] != head["baseline"]):
         tokens, theirs = ([point[key] for point in baseline[run["seed"]]] for key in ("tokens", "loss"))
-        points = [point for point in run["val"] if point["tokens"] >= SHOWN_FROM * head["tokens"]]
-        at = [point["tokens"] for point in points]
-        lead = [point["loss"] for point in points] - np.interp(at, tokens, theirs)
+        at = [point["tokens"] for point in _shown(head, run)]
+        lead = [point["loss"] for point in _shown(head, run)] - np.interp(at, tokens, theirs)
         place.plot(at, lead, color=colour[run["arm"]], lw=1)
     place.axhline(0, color=colour[head["baseline"]], lw=1)
     place.set(xlabel="tokens", ylabel=f"held-out loss minus that of {head['baseline']}, seed by seed")
@@ -95,13 +95,20 @@ def _differences(place: Axes, differences: list[Row], colour: dict[str, str]) ->
     place.set_xticks(range(len(buckets)), [bucket.split()[1] for bucket in buckets], rotation=30)
 
 
+def _shown(head: Row, run: Row) -> list[Row]:
+    """Validations but the first ones of a run from scratch, which would flatten the rest."""
+    least = 0 if head["steps_before"] else FLAT_UNTIL * head["tokens"]
+    return [point for point in run["val"] if point["tokens"] >= least]
+
+
 def _or_words(place: Axes, words: str) -> None:
     """What an empty place says."""
     if not place.lines:
         place.text(0.5, 0.5, words, ha="center", transform=place.transAxes)
+        place.set(xticks=[], yticks=[])
 
 
-SHOWN_FROM = 0.1  # of the tokens: what comes before would flatten the rest
+FLAT_UNTIL = 0.1  # of the tokens
 AXES = (
     ("tokens", "tokens"),
     ("flops", "executed FLOPs, a row counted as one document"),

@@ -56,7 +56,7 @@ ABOUT_DIFFERENCES = (
 )
 ABOUT_LEAD = (
     "Validation loss minus the baseline's after a share of the tokens, seed by seed: on everything that validations "
-    "read, between them on a straight line. No endpoint."
+    "read, between them on a straight line; `-` where they are more than half of the run apart. No endpoint."
 )
 ABOUT_CUTS = (
     "By position in the document as the model sees it and, for tokens whose four predecessors stood "
@@ -159,9 +159,20 @@ def _evaluations(arms: list[Row], found: list[Row]) -> Iterator[str]:
         for task, length in asked
     )  # fmt: skip
     yield from _table(("task", "tokens", *(f"`{arm}`" for arm in names)), lines)
+    yield from _seeds(found)
     ways = {task: {str(row.get("settings")) for row in found if row["task"] == task} for task, _ in asked}
     if unlike := ", ".join(task for task, settings in ways.items() if len(settings) > 1):
         yield from ("", f"**Not all runs were asked alike**, with other samples or depths: {unlike}.")
+
+
+def _seeds(found: list[Row]) -> Iterator[str]:
+    """Which runs were asked: not all need be."""
+    seeds: dict[str, set[int]] = {}
+    for row in found:
+        seeds.setdefault(row["arm"], set()).add(row["seed"])
+    if seeds:
+        told = "; ".join(f"`{arm}` {', '.join(map(str, sorted(of)))}" for arm, of in seeds.items())
+        yield from ("", f"Seeds that were asked: {told}.")
 
 
 def _evaluation(rows: list[Row]) -> str:
@@ -207,6 +218,7 @@ def _selection(arms: list[Row], found: list[Row]) -> Iterator[str]:
         shares = [f"{share:.1%}" for share in held]
         lines.append((f"`{arm}`", f"{length:,}", *shares[:-1], *(f"{n:.1f}" for n in distinct), shares[-1]))
     yield from _table(columns, lines)
+    yield from _seeds(found)
 
 
 def _maps(found: list[Row]) -> Iterator[str]:
@@ -268,7 +280,11 @@ def _differences(found: list[Row]) -> Iterator[str]:
 
 
 def _lead(rows: list[Row]) -> Iterator[str]:
-    lines = ((f"{r['arm']} - {r['baseline']}", r["seed"], *(f"{one:+.4f}" for one in r["difference"])) for r in rows)
+    lines = (
+        (f"{r['arm']} - {r['baseline']}", r["seed"],
+         *("-" if one is None else f"{one:+.4f}" for one in r["difference"]))
+        for r in rows
+    )  # fmt: skip
     shares = rows[0]["shares"] if rows else []
     yield from _table(("difference", "seed", *(f"{share:.0%} of the tokens" for share in shares)), lines)
 

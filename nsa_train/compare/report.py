@@ -24,6 +24,7 @@ EVALUATED = {
                                 "forced_recall", "distinct_blocks", "neighbour_overlap", "distance")),
 }  # fmt: skip
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the tokens, at which differences along the run are told
+APART = 0.5  # of the tokens: validations further apart say nothing of what lies between
 LEAST_RISE = 0.1  # nats per token: what learning to copy adds to the use of the context, at least
 PAPER_ACTIVE, PAPER_TOKENS = 4.5e9, 270e9  # section 4.1: 27B parameters, 270B tokens of 8k texts
 
@@ -55,7 +56,7 @@ def _setting(arms: Arms) -> dict[str, Any]:
     trainer, heldout = run.config.trainer, run.heldout
     return {
         "experiment": run.config.experiment, "baseline": arms.baseline, "corpus": run.manifest["corpus"],
-        "unigram_entropy": run.summary["unigram_entropy"], "seq_len": trainer.seq_len, "steps": trainer.steps,
+        "unigram_entropy": run.summary["unigram_entropy"], "steps": trainer.steps,
         "row_tokens": [stage.seq_len for stage in stages_of(run.config)],
         "batch_tokens": trainer.seq_len * trainer.batch_rows, "tokens": run.summary["tokens"],
         "steps_before": run.steps_before,
@@ -158,13 +159,18 @@ def tokens_to_copying(run: Run) -> float | None:
 
 
 def _lead_row(run: Run, arms: Arms) -> dict[str, Any]:
-    """Validation loss minus that of the baseline's run after shares of the tokens; between validations on a line."""
-    pair = run, arms.by_seed(arms.baseline)[run.seed]
-    at = [share * run.summary["tokens"] for share in SHARES]
+    """Validation loss minus that of the baseline's run after shares of the tokens.
+
+    Between validations on a straight line; None where these are more than APART of the tokens apart.
+    """
+    pair, tokens = (run, arms.by_seed(arms.baseline)[run.seed]), run.summary["tokens"]
+    at, there = [share * tokens for share in SHARES], [place for place, _ in run.curve]
     ours, theirs = (np.interp(at, *np.transpose(one.curve)) for one in pair)
+    apart = [min(p for p in there if p >= place) - max(p for p in there if p <= place) for place in at]
+    told = [float(d) if gap <= APART * tokens else None for d, gap in zip(ours - theirs, apart, strict=True)]
     return {
         "what": "lead", "arm": run.arm, "baseline": arms.baseline, "seed": run.seed, "shares": list(SHARES),
-        "difference": (ours - theirs).tolist(),
+        "difference": told,
     }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """What the figure of a comparison draws."""
 
 import pytest
-from folders import make_run
+from folders import WEIGHTS, make_run
 
 from nsa_train.cli import main
 
@@ -12,8 +12,9 @@ STEP = 512 * 8  # tokens
 def drawn(tmp_path, monkeypatch):
     """Axes [2, 4] of a comparison of `full` and `nsa`, by what their runs' manifests and summaries say."""
 
-    def of(manifest=(), summary=()):
-        runs = [make_run(tmp_path, arm, seed, used=(0.0, 0.0, used), manifest=manifest, summary=summary)
+    def of(manifest=(), summary=(), overrides=()):
+        about = {"manifest": manifest, "summary": summary, "overrides": overrides}
+        runs = [make_run(tmp_path, arm, seed, used=(0.0, 0.0, used), **about)
                 for arm, used in (("full", 0.5), ("nsa", 1.0)) for seed in (0, 1)]  # fmt: skip
         figures = []
         monkeypatch.setattr("nsa_train.compare.figure.save_figure", lambda figure, path: figures.append(figure))
@@ -49,6 +50,17 @@ def test_leads_are_differences_of_the_curves_of_a_seed(drawn):
         full, nsa = losses(tokens, seed)
         assert list(line.get_xdata()) == [3 * STEP, 6 * STEP]
         assert list(line.get_ydata()) == pytest.approx(list((nsa - full)[1:]))
+
+
+def test_runs_that_go_on_from_others_are_drawn_from_their_start(drawn, tmp_path):
+    read = {"rows_fingerprint": "rows of before", "rows_sample_sha256": "x"}
+    origin = {"folder": "before", "step": 6, "initial_weights_sha256": WEIGHTS, "origin": None, **read}
+    before = [f"init_from={tmp_path / 'before'}"]
+    (tokens, *_, leads), (*_, copying) = drawn(manifest={"origin": origin}, overrides=before)
+    assert list(leads.lines[0].get_xdata()) == [0, 3 * STEP, 6 * STEP]
+    assert tokens.get_ylim()[1] > max(line.get_ydata()[0] for line in tokens.lines[:4])
+    assert copying.texts[0].get_text() == "no run learnt to copy after its start"
+    assert not copying.get_xticks().size
 
 
 def test_last_losses_are_drawn_over_when_runs_learnt_to_copy(drawn):

@@ -19,3 +19,21 @@ def test_the_report_says_how_long_the_rows_of_each_stage_are(tmp_path, overrides
     head, *_ = json.loads((tmp_path / "out" / "comparison_tiny.json").read_text())["rows"]
     assert head["row_tokens"] == lengths
     assert f" tokens in rows of {said}, " in (tmp_path / "out" / "comparison_tiny.md").read_text()
+
+
+def test_seeds_that_were_asked_and_leads_between_far_validations_are_told(tmp_path):
+    runs = [make_run(tmp_path, arm, seed) for seed in (0, 1) for arm in ("full", "nsa")]
+    for run in runs:  # validations at the start and at the end only
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        kept = [row for row in rows if row["split"] == "train" or row["step"] != 3]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    asked = [{"what": "summary", "task": "heldout", "length": 512, "loss": 5.0, "settings": {"corpus_hash": "c" * 64}}]
+    (runs[1] / "eval").mkdir()
+    (runs[1] / "eval" / "heldout.json").write_text(json.dumps({"rows": asked}))
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    report = (tmp_path / "out" / "comparison_tiny.md").read_text()
+    assert "Seeds that were asked: `nsa` 0." in report
+    leads = [row["difference"] for row in json.loads((tmp_path / "out" / "comparison_tiny.json").read_text())["rows"]
+             if row["what"] == "lead"]  # fmt: skip
+    assert [one[:4] for one in leads] == [[None] * 4] * 2
+    assert "| nsa - full | 1 | - | - | - | - | " in report
