@@ -27,6 +27,7 @@ from torch import Tensor
 from nsa_train import runtime
 from nsa_train.bench import results
 from nsa_train.bench.figures import save_figure
+from nsa_train.compare.gates import Subject
 from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
 from nsa_train.data.loader import NO_LABEL
@@ -35,8 +36,7 @@ from nsa_train.model.attention import Attended
 from nsa_train.model.branches import spec_of
 from nsa_train.model.transformer import Transformer
 from nsa_train.packing import Packing
-from nsa_train.parallel.engine import Engine, engine_settings, start_processes, stop_processes
-from nsa_train.train.optim import build_optimizer, lr_at
+from nsa_train.parallel.engine import start_processes, stop_processes
 
 NAME = "associative_recall"
 SMALL = (
@@ -99,31 +99,6 @@ def selected(config: Config, fact: Tensor) -> Selected:
     return Selected(needs, (drawn / free.clamp_min(1)).clamp_max(1).expand_as(fact))
 
 
-class Trained:
-    """An arm and its engine."""
-
-    def __init__(self, config: Config, task: Task) -> None:
-        self.config, self.task, self.device = config, task, runtime.device()
-        rows, length = config.trainer.batch_rows, config.trainer.seq_len
-        self.packing = Packing.from_lengths((length,) * rows).to(self.device)
-        self.model = Transformer(config.model, config.attention, config.moe)
-        self.model.start(config.seed)
-        self.model.to(self.device).train()
-        dtype = runtime.dtype_of(config.trainer.dtype)
-        settings = engine_settings(config.parallel, dtype, config.optim.clip, 1, 1, 1)
-        self.engine = Engine(self.model, build_optimizer(self.model, config.optim), settings)
-
-    def step(self, number: int) -> None:
-        config = self.config
-        made = documents(config, self.task, number)
-        labels = made.labels.flatten().to(self.device)
-        self.engine.set_lr(lr_at(number, config.trainer.steps, config.optim.lr, config.schedule))
-        chunk = config.trainer.loss_chunk_tokens
-        out = self.engine(made.tokens.flatten().to(self.device), labels, self.packing, chunk)
-        self.engine.backward(out.token_losses.sum() / (labels != NO_LABEL).sum())
-        self.model.balance_experts(out.load)
-
-
 @torch.no_grad()
 def ask(model: Transformer, config: Config, task: Task, packing: Packing) -> dict[str, Any]:
     """loss, right and asked of answers that need selection; read by layer and chance where blocks are chosen."""
@@ -157,12 +132,16 @@ def _ask(model: Transformer, config: Config, task: Task, packing: Packing, numbe
 
 def curve(config: Config, task: Task, every: int, minutes: float) -> Iterator[dict[str, Any]]:
     """A row for each evaluation, until all steps are done or the time is over."""
-    trained, begun = Trained(config, task), time.monotonic()
-    for step in range(config.trainer.steps):
-        trained.step(step)
+    device, steps, rows = runtime.device(), config.trainer.steps, config.trainer.batch_rows
+    packing = Packing.from_lengths((config.trainer.seq_len,) * rows).to(device)
+    subject = Subject(config, device, steps)
+    model, begun = subject.model(), time.monotonic()
+    made = (documents(config, task, step) for step in range(steps))
+    batches = ((one.tokens.flatten().to(device), one.labels.flatten().to(device), packing) for one in made)
+    for step, _ in enumerate(subject.train(model, batches, subject.rates(steps, config.optim.lr))):
         over = time.monotonic() - begun > 60 * minutes
-        if (step + 1) % every == 0 or step + 1 == config.trainer.steps or over:
-            row = ask(trained.model, config, task, trained.packing)
+        if (step + 1) % every == 0 or step + 1 == steps or over:
+            row = ask(model, config, task, packing)
             read = " ".join(f"{share:.0%}" for share in row["read"])
             runtime.log.info(
                 "%s, step %d: %.1f%% of %d answers right, loss %.3f%s",
@@ -221,10 +200,8 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    configs, task = (
-        [load_config([*SMALL, *args.set, f"attention={arm}"]) for arm in args.arms],
-        Task(args.facts, args.words),
-    )
+    configs = [load_config([*SMALL, *args.set, f"attention={arm}"]) for arm in args.arms]
+    task = Task(args.facts, args.words)
     path = args.out / f"{results.safe_name(args.name)}.json"
     about = {"facts": args.facts, "words": args.words, "set": [*map(results.without_folders, args.set)]}
     _check(configs, task, args.every, path, about)
@@ -257,8 +234,7 @@ def _check(configs: list[Config], task: Task, every: int, path: Path, about: dic
             raise NsaTrainError(f"--facts {task.facts} must be 1 to {most}")
         if not selected(config, documents(config, task, 0).fact).needs.any():
             raise NsaTrainError("no fact lies behind window and forced blocks; set a longer trainer.seq_len")
-    if path.parent.exists() and not path.parent.is_dir():
-        raise NsaTrainError(f"--out {path.parent}: there is a file of that name; choose another folder")
+    results.make_folder(path.parent)
     for row in results.with_earlier(path, [], lambda row: row["arm"]):
         if differ := {key: row.get(key) for key in about if row.get(key) != about[key]}:
             raise NsaTrainError(f"{path} holds answers to other questions ({differ}); choose another --name")

@@ -84,6 +84,14 @@ def with_earlier(
         raise NsaTrainError(f"{path}: no earlier results ({error!r}); delete or move it") from error
 
 
+def make_folder(folder: Path) -> None:
+    """Raises NsaTrainError where `folder` is a file."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NsaTrainError(f"--out {folder}: there is a file of that name; choose another folder") from error
+
+
 def write_result(
     name: str, kind: str, rows: list[dict[str, Any]], commit: str | None = None, folder: Path = RESULTS
 ) -> Path:
@@ -100,9 +108,6 @@ def write_result(
         "versions": runtime.versions(),
         "rows": rows,
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise NsaTrainError(f"--out {folder}: there is a file of that name; choose another folder") from error
+    make_folder(folder)
     path.write_text(json.dumps(head, indent=1) + "\n")
     return path
