@@ -30,9 +30,14 @@ def plot_comparison(rows: list[Row], path: Path) -> None:
     differences = [row for row in rows if row["what"] == "difference" and row["baseline"] == head["baseline"]]
     colour = {arm: f"C{i}" for i, arm in enumerate(arms)}
     figure, axes = plt.subplots(2, 4, figsize=(20, 9), dpi=100)
+    late = [point["loss"] for run in runs for point in _shown(head, run)]
+    margin = 0.05 * (max(late) - min(late)) + 0.01
+    low, high = min(late) - margin, max(late) + margin
     for place, (key, label) in zip(axes[0][:3], AXES, strict=True):
-        _curves(place, head, [run for run in runs if key != "seconds" or run["runs_a_device"] == 1], runs, key, colour)
-        place.set(xlabel=label, ylabel="held-out loss, nats per token")
+        _curves(place, [run for run in runs if key != "seconds" or run["runs_a_device"] == 1], runs, key, colour)
+        if head["unigram_entropy"] < high:
+            place.axhline(head["unigram_entropy"], color="gray", ls="--", lw=1, label="unigram entropy")
+        place.set(xlabel=label, ylabel="held-out loss, nats per token", ylim=(low, high))
     _leads(axes[0][3], head, runs, colour)
     for place, (kind, label) in zip(axes[1][:2], CUTS, strict=True):
         _differences(place, [d for d in differences if d["cut"].startswith(kind) and "+" not in d["cut"]], colour)
@@ -59,17 +64,12 @@ def plot_comparison(rows: list[Row], path: Path) -> None:
     save_figure(figure, path)
 
 
-def _curves(place: Axes, head: Row, shown: list[Row], runs: list[Row], key: str, colour: dict[str, str]) -> None:
-    late = [point["loss"] for run in runs for point in _shown(head, run)]
-    margin = 0.05 * (max(late) - min(late)) + 0.01
+def _curves(place: Axes, shown: list[Row], runs: list[Row], key: str, colour: dict[str, str]) -> None:
     for run in shown:
         first = run["seed"] == min(r["seed"] for r in runs if r["arm"] == run["arm"])
         points = [(point[key], point["loss"]) for point in run["val"]]
         place.plot(*zip(*points, strict=True), color=colour[run["arm"]], lw=1, label=run["arm"] if first else None)  # type: ignore[arg-type]
     _or_words(place, "no run was alone on its device")
-    if head["unigram_entropy"] < max(late) + margin:
-        place.axhline(head["unigram_entropy"], color="gray", ls="--", lw=1, label="unigram entropy")
-    place.set_ylim(min(late) - margin, max(late) + margin)
 
 
 def _leads(place: Axes, head: Row, runs: list[Row], colour: dict[str, str]) -> None:
@@ -77,9 +77,8 @@ def _leads(place: Axes, head: Row, runs: list[Row], colour: dict[str, str]) -> N
     baseline = {run["seed"]: run["val"] for run in runs if run["arm"] == head["baseline"]}
     for run in (run for run in runs if run["arm"] != head["baseline"]):
         tokens, theirs = ([point[key] for point in baseline[run["seed"]]] for key in ("tokens", "loss"))
-        at = [point["tokens"] for point in _shown(head, run)]
-        lead = [point["loss"] for point in _shown(head, run)] - np.interp(at, tokens, theirs)
-        place.plot(at, lead, color=colour[run["arm"]], lw=1)
+        at, ours = ([point[key] for point in _shown(head, run)] for key in ("tokens", "loss"))
+        place.plot(at, ours - np.interp(at, tokens, theirs), color=colour[run["arm"]], lw=1)
     place.axhline(0, color=colour[head["baseline"]], lw=1)
     place.set(xlabel="tokens", ylabel=f"held-out loss minus that of {head['baseline']}, seed by seed")
 
