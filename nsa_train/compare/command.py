@@ -21,6 +21,7 @@ from nsa_train.compare.markdown import markdown
 from nsa_train.compare.rates import Rates
 from nsa_train.compare.report import grid_rows, rows_of
 from nsa_train.compare.runs import Arms, Run
+from nsa_train.compare.speeds import Speeds
 from nsa_train.config.schema import Config
 from nsa_train.errors import ConfigError, NsaTrainError, RunFolderError
 
@@ -38,12 +39,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--gates", action="append", default=[], type=Path, metavar="FILE", help=about)
     about = "JSON of the sweep that the runs' learning rates come from, printed in the report"
     parser.add_argument("--rates", type=Path, metavar="FILE", help=about)
+    about = "JSON of `nsa-train bench training`: seconds of runs that shared a device are by their arm's speed there"
+    parser.add_argument("--speeds", type=Path, metavar="FILE", help=about)
     parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of the report")
     args = parser.parse_args(arguments)
     arms = Arms.read(args.runs)
     name = results.safe_name(args.name or arms.all[0].config.experiment)
     configs = [run.config for run in arms.all]
-    rows = rows_of(arms, read_gates(args.gates, configs))
+    speeds = Speeds.read(args.speeds) if args.speeds else None
+    rows = rows_of(arms, read_gates(args.gates, configs), speeds)
     rows += Rates.read(args.rates).rows_of(configs) if args.rates else []
     path = args.out / f"comparison_{name}.json"
     grids = grid_rows(arms, path.stem)

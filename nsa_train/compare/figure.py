@@ -34,7 +34,7 @@ def plot_comparison(rows: list[Row], path: Path) -> None:
     margin = 0.05 * (max(late) - min(late)) + 0.01
     low, high = min(late) - margin, max(late) + margin
     for place, (key, label) in zip(axes[0][:3], AXES, strict=True):
-        _curves(place, [run for run in runs if key != "seconds" or run["runs_a_device"] == 1], runs, key, colour)
+        _curves(place, [run for run in runs if key != "seconds" or run["alone_tokens_per_s"]], runs, key, colour)
         if head["unigram_entropy"] < high:
             place.axhline(head["unigram_entropy"], color="gray", ls="--", lw=1, label="unigram entropy")
         place.set(xlabel=label, ylabel="held-out loss, nats per token", ylim=(low, high))
@@ -69,7 +69,7 @@ def _curves(place: Axes, shown: list[Row], runs: list[Row], key: str, colour: di
         first = run["seed"] == min(r["seed"] for r in runs if r["arm"] == run["arm"])
         points = [(point[key], point["loss"]) for point in run["val"]]
         place.plot(*zip(*points, strict=True), color=colour[run["arm"]], lw=1, label=run["arm"] if first else None)  # type: ignore[arg-type]
-    _or_words(place, "no run was alone on its device")
+    _or_words(place, "no run was alone on its device,\nand no speed was measured apart")
 
 
 def _leads(place: Axes, head: Row, runs: list[Row], colour: dict[str, str]) -> None:

@@ -330,7 +330,7 @@ def _runs(runs: list[Row]) -> Iterator[str]:
          *(_number(r[key]) for key in ("text_loss", "loss", "mixture_loss")),
          "not reached" if r["tokens_to_baselines_loss"] is None else f"{r['tokens_to_baselines_loss']:,.0f}",
          "-" if r["tokens_to_copying"] is None else f"{r['tokens_to_copying'] / 1e6:.3g}M",
-         *(("shared",) * 2 if r["runs_a_device"] > 1 else (f"{r['seconds']:,.0f} s", f"{r['tokens_per_s']:,.0f}")),
+         *((f"{r['seconds']:,.0f} s", f"{alone:,.0f}") if (alone := r["alone_tokens_per_s"]) else ("shared",) * 2),
          "replayed" if r["cuda_graphs"] else "-",
          r["skipped_steps"], r["device"],
          _commit(r["commit"]))
@@ -344,8 +344,11 @@ def _doubts(runs: list[Row]) -> Iterator[str]:
     """What keeps no runs from being compared, but should be known when they are."""
     if len({run["cuda_graphs"] for run in runs}) > 1:
         yield "Not all runs replayed CUDA graphs: seconds and tokens/s differ by that, too."
-    if shared := [run["name"] for run in runs if run["runs_a_device"] > 1]:
+    if shared := [run["name"] for run in runs if not run["alone_tokens_per_s"]]:
         yield f"Beside other runs on one device, so that their seconds tell nothing: {', '.join(shared)}."
+    for file in dict.fromkeys(run["speed_from"] for run in runs if run["speed_from"]):
+        named = ", ".join(run["name"] for run in runs if run["speed_from"] == file)
+        yield f"Beside other runs on one device; seconds are by the speed of a short run alone ({file}): {named}."
     of_seed = {seed: {run["commit"] for run in runs if run["seed"] == seed} for seed in {run["seed"] for run in runs}}
     if mixed := [str(seed) for seed, commits in sorted(of_seed.items()) if len(commits) > 1]:
         yield f"**Runs of one seed come from different sources**: of {', '.join(mixed)}."

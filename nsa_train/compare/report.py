@@ -12,6 +12,7 @@ import numpy as np
 from nsa_train.compare.cuts import MIXTURE, TEXT, WHOLE, cuts_of, losses_of, paired_differences, synthetic_sources
 from nsa_train.compare.levels import levels, reached, secondary
 from nsa_train.compare.runs import ARM_KEYS, Arms, Run
+from nsa_train.compare.speeds import Speeds
 from nsa_train.compare.statistics import spread
 from nsa_train.data.stages import stages_of
 from nsa_train.train.answers import settings_of
@@ -29,20 +30,23 @@ LEAST_RISE = 0.1  # nats per token: what learning to copy adds to the use of the
 PAPER_ACTIVE, PAPER_TOKENS = 4.5e9, 270e9  # section 4.1: 27B parameters, 270B tokens of 8k texts
 
 
-def rows_of(arms: Arms, gates: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def rows_of(arms: Arms, gates: Sequence[dict[str, Any]], speeds: Speeds | None = None) -> list[dict[str, Any]]:
     """One row a fact; `what` is comparison, level, gate, arm, run, eval, selection, difference, lead or secondary.
 
     Those of grids, maps and a sweep come beside them: see `command`.
+
+    speeds  measured apart, of arms whose runs were not alone on their device
     """
     differences = paired_differences(arms)
+    runs = [_run_row(run, arms, speeds) for run in arms.all]
     ladder = levels(differences, list(arms.runs), gates)
     level = reached(ladder)
     return [
         {"what": "comparison", "level": level and level.name, "title": level and level.title, **_setting(arms)},
         *({"what": "level", **one._asdict()} for one in ladder),
         *({**gate, "what": "gate"} for gate in gates),
-        *(_arm_row(runs) for runs in arms.runs.values()),
-        *(_run_row(run, arms) for run in arms.all),
+        *(_arm_row(of_arm, runs) for of_arm in arms.runs.values()),
+        *runs,
         *(_eval_row(run, row) for run in arms.all for row in _answers(run) if row["what"] in EVALUATED),
         *({"what": "difference", **dataclasses.asdict(d)} for d in differences),
         *(_lead_row(run, arms) for run in arms.all if run.arm != arms.baseline),
@@ -69,20 +73,28 @@ def _setting(arms: Arms) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _run_row(run: Run, arms: Arms) -> dict[str, Any]:
+def _run_row(run: Run, arms: Arms, speeds: Speeds | None) -> dict[str, Any]:
+    """Seconds are the run's own or, where others shared its device and its speed alone was measured, by that."""
     partner = arms.by_seed(arms.baseline)[run.seed]
-    trained, losses = run.of("train"), losses_of(run)
+    trained, losses, shared = run.of("train"), losses_of(run), run.runs_a_device > 1
+    apart = speeds.of(run) if shared and speeds else None
+
+    def seconds(tokens: int) -> float:
+        return tokens / apart if apart else run.seconds(tokens)
+
     return {
         "what": "run", "name": run.config.name, "arm": run.arm, "seed": run.seed, "lr": run.config.optim.lr,
         "loss": run.loss, "text_loss": losses.get(TEXT), "mixture_loss": losses.get(MIXTURE),
         "tokens_per_s": run.tokens_per_s, "peak_gib": max(row["mem_gib"] for row in trained),
-        "seconds": run.seconds(run.summary["tokens"]), "flops": run.flops(run.summary["tokens"]),
+        "alone_tokens_per_s": apart if shared else run.tokens_per_s,
+        "speed_from": speeds.path.name if apart and speeds else None,
+        "seconds": seconds(run.summary["tokens"]), "flops": run.flops(run.summary["tokens"]),
         "skipped_steps": run.summary["skipped_steps"], "device": run.manifest["device"], "cuda_graphs": run.in_graphs,
         "world_size": run.manifest["world_size"], "runs_a_device": run.runs_a_device, "commit": run.manifest["commit"],
         "versions": run.manifest["versions"], "tokens_to_baselines_loss": _tokens_to(run.curve, partner.curve[-1][1]),
         "tokens_to_copying": tokens_to_copying(run),
         "val": [
-            {"tokens": tokens, "flops": run.flops(tokens), "seconds": run.seconds(tokens), "loss": loss}
+            {"tokens": tokens, "flops": run.flops(tokens), "seconds": seconds(tokens), "loss": loss}
             for tokens, loss in run.curve
         ],
     }  # fmt: skip
@@ -174,8 +186,9 @@ def _lead_row(run: Run, arms: Arms) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _arm_row(runs: Sequence[Run]) -> dict[str, Any]:
-    """Means over the arm's seeds."""
+def _arm_row(runs: Sequence[Run], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the arm's seeds; `rows` are those of all runs."""
+    speeds = [one for row in rows if row["arm"] == runs[0].arm and (one := row["alone_tokens_per_s"])]
     first, cuts = runs[0], [losses_of(run) for run in runs]
     common = [cut for cut in cuts[0] if all(cut in one for one in cuts)]
     return {
@@ -186,7 +199,7 @@ def _arm_row(runs: Sequence[Run]) -> dict[str, Any]:
         "loss": spread([run.loss for run in runs]),
         "text_loss": spread([one[TEXT] for one in cuts]) if TEXT in common else None,
         "mixture_loss": spread([one[MIXTURE] for one in cuts]) if MIXTURE in common else None,
-        "tokens_per_s": mean(speeds) if (speeds := [r.tokens_per_s for r in runs if r.runs_a_device == 1]) else None,
+        "tokens_per_s": mean(speeds) if speeds else None,
         "peak_gib": max(row["mem_gib"] for run in runs for row in run.of("train")),
         "cuts": {cut: mean(one[cut] for one in cuts) for cut in common if cut != WHOLE},
         "layers": list(_layers(runs)),

@@ -138,8 +138,13 @@ class Run:
 
     @property
     def in_graphs(self) -> bool:
-        """Whether training passes were replayed as CUDA graphs; older runs do not tell: by their configuration."""
-        return self.manifest.get("cuda_graphs", self.config.in_graphs and self.manifest["device"] != "CPU")
+        """Whether training passes were replayed as CUDA graphs.
+
+        Older runs do not tell: by their configuration, of which `auto` left out full attention then.
+        """
+        auto, full = self.config.trainer.cuda_graphs == "auto", self.config.attention.branches == ("full",)
+        then = self.config.in_graphs and not (auto and full) and self.manifest["device"] != "CPU"
+        return self.manifest.get("cuda_graphs", then)
 
     @property
     def runs_a_device(self) -> int:

@@ -464,9 +464,9 @@ class Config:
 
     @property
     def in_graphs(self) -> bool:
-        """Whether passes are to be replayed as CUDA graphs; by auto not those of full attention, not measured yet."""
-        asked, full = self.trainer.cuda_graphs, self.attention.branches == ("full",)
-        return asked is True or (asked == "auto" and not full and not self._against_graphs())
+        """Whether passes are to be replayed as CUDA graphs, where the machine can; auto: if no key is against it."""
+        asked = self.trainer.cuda_graphs
+        return asked is True or (asked == "auto" and not self._against_graphs())
 
     def _stage_problems(self) -> list[str]:
         step_tokens = self.trainer.seq_len * self.trainer.batch_rows

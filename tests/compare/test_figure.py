@@ -41,7 +41,7 @@ def test_seconds_of_runs_that_were_alone_are_drawn(drawn):
 def test_where_no_run_was_alone_the_place_of_seconds_says_so(drawn):
     above, _ = drawn(manifest={"runs_a_device": 2})
     assert [len(place.lines) for place in above] == [4, 4, 0, 3]
-    assert above[2].texts[0].get_text() == "no run was alone on its device"
+    assert above[2].texts[0].get_text() == "no run was alone on its device,\nand no speed was measured apart"
 
 
 def test_leads_are_differences_of_the_curves_of_a_seed(drawn):
