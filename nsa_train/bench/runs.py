@@ -22,7 +22,8 @@ from nsa_train.errors import NsaTrainError
 from nsa_train.train.metrics import METRICS, read_metrics
 
 MEASURED_ONLY = (  # what a run leaves out that nobody goes on with
-    "trainer.checkpoint_every=0", "trainer.val_rows=1", "trainer.export=false", "logging.wandb=disabled",
+    "trainer.checkpoint_every=0", "trainer.val_rows=1", "trainer.heldout_rows=null", "trainer.export=false",
+    "logging.wandb=disabled",
 )  # fmt: skip
 RECOMPUTED = "trainer.activation_checkpointing=true"
 
