@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from math import inf
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from nsa_train.bench import memory
@@ -152,8 +154,92 @@ def moe() -> str:
     return "\n".join(lines)
 
 
+def comparison() -> str:
+    """Held-out loss of text by seed and arm: of `r1`, its long stage, and its earlier runs in larger steps."""
+    now, long, before = (
+        _comparison(name) for name in ("comparison_r1", "comparison_r1_long", "steps_131k/comparison_r1")
+    )
+    lines = [
+        "| arm | held-out loss by seed | mean | copies after, M tokens | after the long stage | in steps of 131k |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm in dict.fromkeys(row["arm"] for row in (*now, *before) if row["what"] == "run"):
+        losses = [_by_seed(rows, arm, lambda run: f"{run['text_loss']:.3f}") for rows in (now, long, before)]
+        copies = _by_seed(now, arm, lambda run: _millions(run["tokens_to_copying"]))
+        means = [row["text_loss"]["mean"] for row in now if row["what"] == "arm" and row["arm"] == arm]
+        mean = f"{means[0]:.3f}" if means and "," in losses[0] else ""
+        lines.append(f"| `{arm}` | {losses[0]} | {mean} | {copies} | {losses[1]} | {losses[2]} |")
+    return "\n".join(lines)
+
+
+def answers(tasks: tuple[str, ...] = ("needle_train", "mqar_train")) -> str:
+    """Right answers after the long stage by task, arm and length, means over its seeds."""
+    rows = [row for row in _comparison("comparison_r1_long") if row["what"] == "eval" and row["task"] in tasks]
+    lengths = sorted({row["length"] for row in rows})
+    lines = [
+        f"| task | arm | seeds | {' | '.join(f'{n // 1024}k' for n in lengths)} |",
+        "|---|---|---|" + "---|" * len(lengths),
+    ]
+    for task, arm in dict.fromkeys((task, row["arm"]) for task in tasks for row in rows):
+        mine = [row for row in rows if (row["task"], row["arm"]) == (task, arm)]
+        seeds = ", ".join(map(str, sorted({row["seed"] for row in mine})))
+        right = (fmean(row["accuracy"] for row in mine if row["length"] == n) for n in lengths)
+        lines.append(f"| `{task}` | `{arm}` | {seeds} | {' | '.join(f'{share:.1%}' for share in right)} |")
+    return "\n".join(lines)
+
+
+def copying() -> str:
+    """When the runs of `r1` learnt to copy, the earliest first, and how much earlier than in larger steps."""
+    now, before = _comparison("comparison_r1"), _comparison("steps_131k/comparison_r1")
+    then = {(row["arm"], row["seed"]): row["tokens_to_copying"] for row in before if row["what"] == "run"}
+    runs = sorted((row for row in now if row["what"] == "run"), key=lambda run: run["tokens_to_copying"] or inf)
+    lines = [
+        "| arm | seed | copies after | earlier than in steps of 131k by | held-out loss of text |",
+        "|---|---|---|---|---|",
+    ]
+    for run in runs:
+        after, earlier = run["tokens_to_copying"], then.get((run["arm"], run["seed"]))
+        where = f"{_millions(after)}M tokens, step {after / now[0]['batch_tokens']:,.0f}" if after else "-"
+        gain = f"{_millions(earlier - after)}M" if earlier and after else ""
+        lines.append(f"| `{run['arm']}` | {run['seed']} | {where} | {gain} | {run['text_loss']:.3f} |")
+    return "\n".join(lines)
+
+
+def _millions(tokens: float | None) -> str:
+    return "-" if tokens is None else f"{tokens / 1e6:.0f}"
+
+
+def places() -> str:
+    """Where `nsa` differs from a gated baseline and from random blocks: by position, and by what repeats."""
+    rows = [row for row in _comparison("comparison_r1") if row["what"] == "difference" and row["arm"] == "nsa"]
+    cuts = [cut for cut in dict.fromkeys(row["cut"] for row in rows) if cut.startswith(("text", "position", "recall"))]
+    found = [{row["cut"]: row for row in rows if row["baseline"] == other} for other in ("full_gated", "nsa_random")]
+    heads = (f"`nsa` - `{one['text']['baseline']}`, seeds {', '.join(map(str, one['text']['seeds']))}" for one in found)
+    lines = [f"| labels | {' | '.join(heads)} |", "|---|---|---|"]
+    for cut in (cut for cut in cuts if not cut.endswith("+")):
+        lines.append(f"| {cut} | {' | '.join(_difference(one[cut]) for one in found)} |")
+    return "\n".join(lines)
+
+
+def _difference(row: dict[str, Any]) -> str:
+    """With its interval over seeds, of one seed with the error of the documents."""
+    about = f"{row['se_data']:.3f}" if row["low"] is None else f"{row['low']:+.3f} to {row['high']:+.3f}"
+    return f"{row['mean']:+.3f} ({about})"
+
+
+def _comparison(name: str) -> list[dict[str, Any]]:
+    return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+
+
+def _by_seed(rows: list[dict[str, Any]], arm: str, tell: Callable[[dict[str, Any]], str]) -> str:
+    """What there is of each seed from 0 on, `-` where there is none."""
+    runs = {row["seed"]: tell(row) for row in rows if row["what"] == "run" and row["arm"] == arm}
+    return ", ".join(runs.get(seed, "-") for seed in range(max(runs, default=-1) + 1))
+
+
 PAGES = {
-    "README.md": {"first_run": first_run, "attention": attention},
+    "README.md": {"first_run": first_run, "attention": attention, "comparison": comparison, "answers": answers},
+    "docs/design.md": {"copying": copying, "places": places},
     "docs/kernels.md": {"trained": partial(attention, trained=True)},
     "docs/performance.md": {"memory": memory_plan, "training": training, "layers": layers, "moe": moe},
 }

@@ -4,8 +4,8 @@ A step and a forward pass have as many tokens as the preset's at its own row len
 that activations do not fit the GPU, it chooses what is recomputed. FLOPs are counted as if every row were one document:
 packs of short documents need fewer; what is recomputed does not count. `parts` are milliseconds of a step by part
 (`nsa_train.train.profile`), of one before those that are timed; `dense_kernels` are what full attention ran on,
-`past_half` is the share of the corpus' tokens past the T / 2-th of their document: half where each row is one document.
-Rows that the file has of other runs stay in it. A figure lies beside it.
+`cuda_graphs` is whether passes were replayed, `past_half` is the share of the corpus' tokens past the T / 2-th of their
+document: half where each row is one document. Rows that the file has of other runs stay in it. A figure lies beside it.
 """
 
 from __future__ import annotations
@@ -113,9 +113,11 @@ def one_run(preset: str, arm: str, T: int, steps: int, gpus: int, rest: list[str
     speeds = [r["tokens_per_s"] for r in run.logged if r["step"] > PROFILED and r["step"] % LOG_EVERY == 0]
     kind = kind_of(torch.cuda.get_device_name())
     parts = json.loads((folder / name / "profile" / "parts.json").read_text())["parts"]
+    manifest = json.loads((folder / name / "manifest.json").read_text())
     return {
         **row, **figures(speeds, config, full, gpus, GPUS[kind].flops if kind else None),
         "peak_gib": max(r["mem_gib"] for r in run.logged), "parts": parts, "dense_kernels": run.dense_kernels,
+        "cuda_graphs": manifest["cuda_graphs"],
         **text_of(load_config([*overrides, *places])),
     }  # fmt: skip
 

@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
     arms = Arms.read(args.runs)
     name = results.safe_name(args.name or arms.all[0].config.experiment)
     configs = [run.config for run in arms.all]
-    speeds = Speeds.read(args.speeds) if args.speeds else None
+    speeds = Speeds.read(args.speeds, arms.all) if args.speeds else None
     rows = rows_of(arms, read_gates(args.gates, configs), speeds)
     rows += Rates.read(args.rates).rows_of(configs) if args.rates else []
     path = args.out / f"comparison_{name}.json"

@@ -342,13 +342,18 @@ def _runs(runs: list[Row]) -> Iterator[str]:
 
 def _doubts(runs: list[Row]) -> Iterator[str]:
     """What keeps no runs from being compared, but should be known when they are."""
-    if len({run["cuda_graphs"] for run in runs}) > 1:
+    if len({run["alone_cuda_graphs"] for run in runs if run["alone_tokens_per_s"]}) > 1:
         yield "Not all runs replayed CUDA graphs: seconds and tokens/s differ by that, too."
     if shared := [run["name"] for run in runs if not run["alone_tokens_per_s"]]:
         yield f"Beside other runs on one device, so that their seconds tell nothing: {', '.join(shared)}."
-    for file in dict.fromkeys(run["speed_from"] for run in runs if run["speed_from"]):
-        named = ", ".join(run["name"] for run in runs if run["speed_from"] == file)
-        yield f"Beside other runs on one device; seconds are by the speed of a short run alone ({file}): {named}."
+    for graphs in (True, False):
+        if apart := [run for run in runs if run["speed_from"] and run["alone_cuda_graphs"] is graphs]:
+            how = "which replayed CUDA graphs" if graphs else "without CUDA graphs"
+            named = ", ".join(run["name"] for run in apart)
+            yield (
+                f"Beside other runs on one device; seconds and tokens/s are those of a short run alone, {how} "
+                f"({apart[0]['speed_from']}): {named}."
+            )
     of_seed = {seed: {run["commit"] for run in runs if run["seed"] == seed} for seed in {run["seed"] for run in runs}}
     if mixed := [str(seed) for seed, commits in sorted(of_seed.items()) if len(commits) > 1]:
         yield f"**Runs of one seed come from different sources**: of {', '.join(mixed)}."

@@ -38,15 +38,15 @@ def rows_of(arms: Arms, gates: Sequence[dict[str, Any]], speeds: Speeds | None =
     speeds  measured apart, of arms whose runs were not alone on their device
     """
     differences = paired_differences(arms)
-    runs = [_run_row(run, arms, speeds) for run in arms.all]
+    run_rows = {arm: [_run_row(run, arms, speeds) for run in runs] for arm, runs in arms.runs.items()}
     ladder = levels(differences, list(arms.runs), gates)
     level = reached(ladder)
     return [
         {"what": "comparison", "level": level and level.name, "title": level and level.title, **_setting(arms)},
         *({"what": "level", **one._asdict()} for one in ladder),
         *({**gate, "what": "gate"} for gate in gates),
-        *(_arm_row(of_arm, runs) for of_arm in arms.runs.values()),
-        *runs,
+        *(_arm_row(runs, run_rows[arm]) for arm, runs in arms.runs.items()),
+        *(row for rows in run_rows.values() for row in rows),
         *(_eval_row(run, row) for run in arms.all for row in _answers(run) if row["what"] in EVALUATED),
         *({"what": "difference", **dataclasses.asdict(d)} for d in differences),
         *(_lead_row(run, arms) for run in arms.all if run.arm != arms.baseline),
@@ -76,17 +76,19 @@ def _setting(arms: Arms) -> dict[str, Any]:
 def _run_row(run: Run, arms: Arms, speeds: Speeds | None) -> dict[str, Any]:
     """Seconds are the run's own or, where others shared its device and its speed alone was measured, by that."""
     partner = arms.by_seed(arms.baseline)[run.seed]
-    trained, losses, shared = run.of("train"), losses_of(run), run.runs_a_device > 1
-    apart = speeds.of(run) if shared and speeds else None
+    trained, losses = run.of("train"), losses_of(run)
+    apart = speeds.of(run) if speeds else None
+    alone = None if run.runs_a_device > 1 else run.tokens_per_s
 
     def seconds(tokens: int) -> float:
-        return tokens / apart if apart else run.seconds(tokens)
+        return tokens / apart.tokens_per_s if apart else run.seconds(tokens)
 
     return {
         "what": "run", "name": run.config.name, "arm": run.arm, "seed": run.seed, "lr": run.config.optim.lr,
         "loss": run.loss, "text_loss": losses.get(TEXT), "mixture_loss": losses.get(MIXTURE),
         "tokens_per_s": run.tokens_per_s, "peak_gib": max(row["mem_gib"] for row in trained),
-        "alone_tokens_per_s": apart if shared else run.tokens_per_s,
+        "alone_tokens_per_s": apart.tokens_per_s if apart else alone,
+        "alone_cuda_graphs": apart.cuda_graphs if apart else run.in_graphs,
         "speed_from": speeds.path.name if apart and speeds else None,
         "seconds": seconds(run.summary["tokens"]), "flops": run.flops(run.summary["tokens"]),
         "skipped_steps": run.summary["skipped_steps"], "device": run.manifest["device"], "cuda_graphs": run.in_graphs,
@@ -187,8 +189,8 @@ def _lead_row(run: Run, arms: Arms) -> dict[str, Any]:
 
 
 def _arm_row(runs: Sequence[Run], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over the arm's seeds; `rows` are those of all runs."""
-    speeds = [one for row in rows if row["arm"] == runs[0].arm and (one := row["alone_tokens_per_s"])]
+    """Means over the arm's seeds, of which `rows` are."""
+    speeds = [speed for row in rows if (speed := row["alone_tokens_per_s"])]
     first, cuts = runs[0], [losses_of(run) for run in runs]
     common = [cut for cut in cuts[0] if all(cut in one for one in cuts)]
     return {

@@ -3,57 +3,92 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nsa_train.bench.training import settings_of
 from nsa_train.compare import kept
-from nsa_train.compare.rates import OF_SWEEPS
 from nsa_train.compare.runs import Run
 from nsa_train.config.load import load_config
+from nsa_train.data.stages import largest_divisor, stages_of
 from nsa_train.errors import ConfigError, NsaTrainError
 from nsa_train.train.folder import differing
 
-# Of what changes no result, and a sweep may thus differ in, what decides how fast a run is.
-DECIDE_SPEED = (
-    "trainer.micro_rows", "trainer.activation_checkpointing", "trainer.recomputed", "parallel.zero_stage",
-    "parallel.offload_optimizer", "parallel.offload_params",
+# What a short run and a long one may differ in without being faster or slower; micro-batches are compared as they are
+# formed, and of a recording in CUDA graphs the report says whether there was one.
+FREE = (
+    "name", "seed", "runs_dir", "init_from", "logging", "profile", "data.root", "data.prepared_dir", "data.corpus",
+    "optim.lr", "schedule", "trainer.steps", "trainer.micro_rows", "trainer.cuda_graphs", "trainer.log_every",
+    "trainer.val_every", "trainer.val_rows", "trainer.heldout_rows", "trainer.checkpoint_every",
+    "trainer.keep_checkpoints", "trainer.export", "parallel.timeout_s", "parallel.hang_s",
 )  # fmt: skip
-FREE = (*(key for key in OF_SWEEPS if key not in DECIDE_SPEED), "init_from")
+
+
+class Speed(NamedTuple):
+    """What a row of the benchmark says: the run behind it, tokens per second, and whether CUDA graphs were replayed."""
+
+    recipe: dict[str, Any]
+    attention: str
+    gpus: int
+    micro_batch: int
+    tokens_per_s: float
+    cuda_graphs: bool
+
+    @staticmethod
+    def of_row(row: dict[str, Any]) -> Speed:
+        recipe = kept.recipe(load_config(settings_of(row)))
+        return Speed(recipe, *(row[key] for key in Speed._fields[1:]))
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """Rows of a training benchmark that have a speed, and the device that they are of."""
-
     path: Path
     device: str
-    rows: list[dict[str, Any]]
+    found: tuple[Speed, ...]
 
     @staticmethod
-    def read(path: Path) -> Speeds:
-        """Raises NsaTrainError where there are none."""
+    def read(path: Path, runs: Sequence[Run]) -> Speeds:
+        """Raises NsaTrainError where the file has no speed of any run that shared its device.
+
+        Rows that failed, or were written before a key of today, are left out.
+        """
         try:
-            found = json.loads(path.read_text())
-            if found["schema"] != "nsa-train/training/1":
-                raise ValueError(f"its schema is {found['schema']}")
-            return Speeds(path, found["device"]["name"], [row for row in found["rows"] if "error" not in row])
+            result = json.loads(path.read_text())
+            if result["schema"] != "nsa-train/training/1":
+                raise ValueError(f"its schema is {result['schema']}")
+            device, rows = result["device"]["name"], list(result["rows"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise NsaTrainError(f"--speeds {path}: no result of `nsa-train bench training` ({error!r})") from error
+        found = []
+        for row in rows:
+            try:
+                found.append(Speed.of_row(row))
+            except (KeyError, ConfigError):
+                continue
+        speeds = Speeds(path, device, tuple(found))
+        if not any(map(speeds.of, runs)):
+            raise NsaTrainError(
+                f"--speeds {path}: has the speed of none of these runs that shared a device: no row of their "
+                "experiment, arm, device, GPUs and settings; run `nsa-train bench training` with their settings"
+            )
+        return speeds
 
-    def of(self, run: Run) -> float | None:
-        """Tokens per second of the run's recipe alone on such devices, the fastest measured; None where none was."""
-        if run.manifest["device"] != self.device:
+    def of(self, run: Run) -> Speed | None:
+        """Of the run's recipe, alone on such devices, the fastest; None where the run was alone itself.
+
+        None, too, where it went through stages, whose rows differ.
+        """
+        if run.runs_a_device == 1 or run.manifest["device"] != self.device or len(stages_of(run.config)) > 1:
             return None
-        return max((row["tokens_per_s"] for row in self.rows if self._alike(row, run)), default=None)
+        alike = [speed for speed in self.found if _alike(speed, run)]
+        return max(alike, key=lambda speed: speed.tokens_per_s, default=None)
 
-    def _alike(self, row: dict[str, Any], run: Run) -> bool:
-        ours = (run.config.experiment, run.config.arm, run.manifest["world_size"])
-        if (row["preset"], row["attention"], row["gpus"]) != ours:
-            return False
-        try:
-            there = load_config(settings_of(row))
-        except ConfigError:  # of an older version
-            return False
-        return not differing(kept.recipe(there), kept.recipe(run.config), FREE)
+
+def _alike(speed: Speed, run: Run) -> bool:
+    trainer, world = run.config.trainer, run.manifest["world_size"]
+    micro_batch = largest_divisor(trainer.batch_rows // world, trainer.micro_rows)
+    if (speed.attention, speed.gpus, speed.micro_batch) != (run.arm, world, micro_batch):
+        return False
+    return not differing(speed.recipe, kept.recipe(run.config), FREE)
