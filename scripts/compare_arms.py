@@ -162,6 +162,7 @@ class Queue:
     def __init__(self, seconds: float, share: int = 1) -> None:
         self.end = time.monotonic() + seconds
         self.gpus, self.share = _devices(), share
+        self.told = runtime.runs_a_device()  # by who starts other runs beside this queue
         self.running: dict[int, Running] = {}  # by their place on the GPUs, each as often as it is shared
         self.waiting: list[Job] = []
         self.took: dict[str, list[float]] = {"train": [], "eval": []}  # seconds of what succeeded
@@ -203,7 +204,7 @@ class Queue:
         return not self.stopped and time.monotonic() + expected < self.end
 
     def _start(self, job: Job, device: str | None) -> Running:
-        place = {runtime.RUNS_A_DEVICE: str(self.share)}
+        place = {runtime.RUNS_A_DEVICE: str(max(self.share, self.told))}
         if device is not None:
             place["CUDA_VISIBLE_DEVICES"] = device
         words = job.command()
