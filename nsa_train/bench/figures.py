@@ -106,7 +106,7 @@ def plot_training(result: dict[str, Any], path: Path) -> None:
 def plot_grids(grids: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
     """Heat maps of accuracy side by side, each under its title: lengths across and depths down.
 
-    A cell is a row with length, depth, accuracy and zone; one with a zone needs no selection and is crossed out.
+    A cell is a row with length, depth, accuracy and zone; one with a zone needs no selection and is grey.
     """
     import matplotlib
 
@@ -122,13 +122,11 @@ def plot_grids(grids: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> Non
             x, y = lengths.index(row["length"]), depths.index(row["depth"])
             values[y][x] = row["accuracy"]
             if row["zone"]:
-                place.plot([x - 0.4, x + 0.4], [y - 0.4, y + 0.4], color="black", lw=1)
-        image = place.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+                place.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, color="lightgray", hatch="//", ec="gray", lw=0))
+        image = place.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         place.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         place.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         place.set(xlabel="tokens of the document", ylabel="depth of the fact", title=title)
     figure.colorbar(image, ax=axes, label="answers that are right in every token")
-    figure.supxlabel(
-        "crossed out: seen through forced blocks or the window, not counted", x=0.01, ha="left", fontsize=7
-    )
+    figure.supxlabel("grey: seen through forced blocks or the window, not counted", x=0.01, ha="left", fontsize=9)
     save_figure(figure, path)

@@ -97,7 +97,7 @@ def _copied_maps(arms: Arms, report: Path) -> list[dict[str, Any]]:
 
 
 def read_gates(paths: Sequence[Path], configs: Sequence[Config]) -> list[dict[str, Any]]:
-    """Rows of the gates of runs with these configurations.
+    """Rows of the gates of runs with these configurations; those of other arms are left out.
 
     Raises NsaTrainError where a file has none, where two have gates of one arm, and where they are of another model.
     """
@@ -114,7 +114,7 @@ def read_gates(paths: Sequence[Path], configs: Sequence[Config]) -> list[dict[st
                 "there than in the runs; run `nsa-train compare gates` again with what --set says of the runs"
             )
         rows += found
-    return rows
+    return [row for row in rows if row["arm"] in asked]
 
 
 def _gates(path: Path, experiment: str) -> list[dict[str, Any]]:

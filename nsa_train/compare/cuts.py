@@ -13,6 +13,7 @@ from nsa_train.config.schema import AttentionConfig
 from nsa_train.data.mixture import groups_of
 
 WHOLE, TEXT, MIXTURE = "all", "text", "mixture"
+NEW, REPEATED = "new", "repeated"  # parts of text
 SYNTHETIC = "recall"  # kind of the sources whose documents are made, not found
 FAR_WINDOWS = 4  # far recall begins so many windows back: windows alone carry a fact there in as many layers at least
 
@@ -20,10 +21,11 @@ FAR_WINDOWS = 4  # far recall begins so many windows back: windows alone carry a
 def cuts_of(run: Run) -> dict[str, np.ndarray]:
     """Losses and labels of a run's documents by cut, each [N, 2], in the order of a report.
 
-    `text` leaves out the documents of synthetic sources, and so do positions and distances: levels are about what
-    people wrote. `all` is everything that was held out; `mixture`, there where the configuration has one, is
-    everything, weighed source by source by `data.mixture`. `position 1024+` is where selection has more blocks than it
-    may read, `recall 2048+` far beyond a window.
+    `text` leaves out the documents of synthetic sources, and so do its parts, positions and distances: levels are about
+    what people wrote. `repeated` are tokens whose four predecessors stood together before, `new` all others. `all` is
+    everything that was held out; `mixture`, there where the configuration has one, is everything, weighed source by
+    source by `data.mixture`. `position 1024+` is where selection has more blocks than it may read, `recall 2048+` far
+    beyond a window.
     """
     h, far = run.heldout, far_starts(run.config.attention)
     whole, sources = h.position.sum(1), h.sources.tolist()
@@ -31,6 +33,8 @@ def cuts_of(run: Run) -> dict[str, np.ndarray]:
     found = {WHOLE: whole, TEXT: whole * text}
     if run.config.data.mixture:
         found[MIXTURE] = whole * _as_trained(run)[:, None]
+    repeated = (h.recall * text[..., None]).sum(1)
+    found |= {NEW: found[TEXT] - repeated, REPEATED: repeated}
     found |= _by_bucket("position", h.position * text[..., None], h.position_edges, far["position"])
     found |= {f"source {name}": whole * (h.source == i)[:, None] for i, name in enumerate(sources)}
     return found | _by_bucket("recall", h.recall * text[..., None], h.recall_edges, far["recall"])

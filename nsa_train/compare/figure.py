@@ -1,4 +1,8 @@
-"""The figure of a comparison: curves over tokens, FLOPs and seconds, differences, and when runs learnt to copy."""
+"""The figure of a comparison: curves over tokens, FLOPs and seconds, differences, and when runs learnt to copy.
+
+One colour an arm, one kind of line a seed. Hollow marks are of arms with fewer seeds than the rule asks for, and of one
+seed or two no interval is drawn: of two it would hide all others.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nsa_train.bench.figures import save_figure
+from nsa_train.compare.levels import LEAST_SEEDS
+from nsa_train.compare.markdown import reached_by
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +23,7 @@ Row = dict[str, Any]
 
 
 def plot_comparison(rows: list[Row], path: Path) -> None:
-    """From the rows of the JSON. One colour an arm; thin lines are seeds."""
+    """From the rows of the JSON."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -37,17 +43,18 @@ def plot_comparison(rows: list[Row], path: Path) -> None:
         _curves(place, [run for run in runs if key != "seconds" or run["alone_tokens_per_s"]], runs, key, colour)
         if head["unigram_entropy"] < high:
             place.axhline(head["unigram_entropy"], color="gray", ls="--", lw=1, label="unigram entropy")
-        place.set(xlabel=label, ylabel="held-out loss, nats per token", ylim=(low, high))
+        place.set(xlabel=label, ylabel="validation loss (rows of each seed)", ylim=(low, high))
     _leads(axes[0][3], head, runs, colour)
     for place, (kind, label) in zip(axes[1][:2], CUTS, strict=True):
         _differences(place, [d for d in differences if d["cut"].startswith(kind) and "+" not in d["cut"]], colour)
-        interval = ", 95% interval" if any(d["low"] is not None for d in differences) else ", one seed"
+        interval = ", 95% interval" if any(map(_enough, differences)) else ""
         place.axhline(0, color=colour[head["baseline"]], lw=1)
         place.set(xlabel=label, ylabel=f"loss of text minus that of {head['baseline']}{interval}")
     for run in (run for run in runs if run["text_loss"] is not None):
-        axes[1][2].plot(arms.index(run["arm"]), run["text_loss"], "o", color=colour[run["arm"]])
+        mark, look = MARKS[run["seed"] % len(MARKS)], {"color": colour[run["arm"]]}
+        axes[1][2].plot(arms.index(run["arm"]), run["text_loss"], mark, **look)
         if run["tokens_to_copying"] is not None:
-            axes[1][3].plot(run["tokens_to_copying"], run["text_loss"], "o", color=colour[run["arm"]])
+            axes[1][3].plot(run["tokens_to_copying"], run["text_loss"], mark, **look)
     axes[1][2].set_xticks(range(len(arms)), arms, rotation=30)
     axes[1][2].set(ylabel="held-out loss of text at the end, each seed")
     _or_words(axes[1][3], "no run learnt to copy after its start")
@@ -58,8 +65,8 @@ def plot_comparison(rows: list[Row], path: Path) -> None:
         place.xaxis.set_major_formatter(EngFormatter())
         place.xaxis.set_major_locator(MaxNLocator(5))
     axes[0][0].legend()
-    reached = f"{head['level']}: {head['title']}" if head["level"] else "no level reached"
-    figure.suptitle(f"{head['experiment']}, {head['tokens']:,} tokens, corpus {head['corpus']['hash'][:12]}. {reached}")
+    about = f"{head['experiment']}, {head['tokens']:,} tokens, corpus {head['corpus']['hash'][:12]}"
+    figure.suptitle(f"{about}: {reached_by(head)}")
     figure.tight_layout()
     save_figure(figure, path)
 
@@ -68,19 +75,36 @@ def _curves(place: Axes, shown: list[Row], runs: list[Row], key: str, colour: di
     for run in shown:
         first = run["seed"] == min(r["seed"] for r in runs if r["arm"] == run["arm"])
         points = [(point[key], point["loss"]) for point in run["val"]]
-        place.plot(*zip(*points, strict=True), color=colour[run["arm"]], lw=1, label=run["arm"] if first else None)  # type: ignore[arg-type]
+        line = LINES[run["seed"] % len(LINES)]
+        place.plot(
+            *zip(*points, strict=True), color=colour[run["arm"]], ls=line, lw=1, label=run["arm"] if first else None
+        )  # type: ignore[arg-type]
     _or_words(place, "no run was alone on its device,\nand no speed was measured apart")
 
 
 def _leads(place: Axes, head: Row, runs: list[Row], colour: dict[str, str]) -> None:
-    """Validation loss minus that of the baseline's run of the same seed, between its validations on a straight line."""
+    """Validation loss minus that of the baseline's run of the same seed, between its validations on a straight line.
+
+    What is left at the end is small beside what lies before: of runs from scratch it is drawn once more, larger.
+    """
     baseline = {run["seed"]: run["val"] for run in runs if run["arm"] == head["baseline"]}
+    late = None if head["steps_before"] else place.inset_axes((0.5, 0.06, 0.48, 0.36))
     for run in (run for run in runs if run["arm"] != head["baseline"]):
         tokens, theirs = ([point[key] for point in baseline[run["seed"]]] for key in ("tokens", "loss"))
         at, ours = ([point[key] for point in _shown(head, run)] for key in ("tokens", "loss"))
-        place.plot(at, ours - np.interp(at, tokens, theirs), color=colour[run["arm"]], lw=1)
+        lead = ours - np.interp(at, tokens, theirs)
+        look = {"color": colour[run["arm"]], "ls": LINES[run["seed"] % len(LINES)], "lw": 1}
+        place.plot(at, lead, **look)
+        if late:
+            last = np.asarray(at) >= LATE_FROM * head["tokens"]
+            late.plot(np.asarray(at)[last], lead[last], **look)
+    if late:
+        late.axhline(0, color=colour[head["baseline"]], lw=1)
+        late.set(xticks=[])
+        late.set_title("the last quarter", fontsize=8)
+        late.tick_params(labelsize=7)
     place.axhline(0, color=colour[head["baseline"]], lw=1)
-    place.set(xlabel="tokens", ylabel=f"held-out loss minus that of {head['baseline']}, seed by seed")
+    place.set(xlabel="tokens", ylabel=f"validation loss minus that of {head['baseline']}, seed by seed")
 
 
 def _differences(place: Axes, differences: list[Row], colour: dict[str, str]) -> None:
@@ -88,10 +112,19 @@ def _differences(place: Axes, differences: list[Row], colour: dict[str, str]) ->
     for arm in colour:
         mine = [d for d in differences if d["arm"] == arm]
         at = [buckets.index(d["cut"]) + 0.08 * ([*colour].index(arm) - len(colour) / 2) for d in mine]
-        errors = [(d["high"] - d["low"]) / 2 if d["low"] is not None else nan for d in mine]  # one seed has none
+        errors = [(d["high"] - d["low"]) / 2 if _enough(d) else nan for d in mine]
         if mine:
-            place.errorbar(at, [d["mean"] for d in mine], errors, color=colour[arm], marker="o", capsize=3, lw=1)
+            inside = None if all(map(_enough, mine)) else "white"
+            seeds = ", ".join(map(str, mine[0]["seeds"]))
+            place.errorbar(at, [d["mean"] for d in mine], errors, color=colour[arm], mfc=inside, marker="o", capsize=3,
+                           lw=1, label=f"{arm}, seeds {seeds}")  # fmt: skip
     place.set_xticks(range(len(buckets)), [bucket.split()[1] for bucket in buckets], rotation=30)
+    if differences:
+        place.legend(fontsize=7)
+
+
+def _enough(d: Row) -> bool:
+    return d["low"] is not None and len(d["seeds"]) >= LEAST_SEEDS
 
 
 def _shown(head: Row, run: Row) -> list[Row]:
@@ -107,7 +140,8 @@ def _or_words(place: Axes, words: str) -> None:
         place.set(xticks=[], yticks=[])
 
 
-FLAT_UNTIL = 0.1  # of the tokens
+FLAT_UNTIL, LATE_FROM = 0.1, 0.75  # of the tokens
+LINES, MARKS = ("-", "--", ":", "-."), ("o", "s", "^", "D")  # by seed
 AXES = (
     ("tokens", "tokens"),
     ("flops", "executed FLOPs, a row counted as one document"),

@@ -274,7 +274,7 @@ def overfit(subject: Subject) -> Finding:
     for step, loss in enumerate(subject.train(model, _repeated(batch), rates)):  # noqa: B007
         if loss < OVERFIT_NATS:
             break
-    return Finding(loss < OVERFIT_NATS, f"{loss:.3f} nats after {step + 1} steps",
+    return Finding(loss < OVERFIT_NATS, f"{loss:.4f} nats after {step + 1} steps",
                    f"below {OVERFIT_NATS} within {OVERFIT_STEPS}")  # fmt: skip
 
 

@@ -14,7 +14,7 @@ def markdown(result: dict[str, Any], figure: str) -> str:
     rows: list[Row] = result["rows"]
     of = {what: [row for row in rows if row["what"] == what] for what in KINDS}
     (head,) = of["comparison"]
-    reached = f"level {head['level']}: {head['title']}" if head["level"] else "no level reached"
+    reached = reached_by(head)
     lines = [f"# Comparison of {', '.join(row['arm'] for row in of['arm'])}", "", f"**{reached}**", ""]
     lines += [*_setting(head, result), "", f"![curves and differences]({figure})"]
     for heading, note, table in (
@@ -39,6 +39,12 @@ def markdown(result: dict[str, Any], figure: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def reached_by(head: Row) -> str:
+    if head["steps_before"]:
+        return "a stage that goes on from other runs: levels and endpoints are about those"
+    return f"level {head['level']}: {head['title']}" if head["level"] else "no level reached"
+
+
 SHARES_PAST = (0.5, 0.3)  # of the tokens, past n l' and past twice that
 KINDS = (
     "comparison", "level", "gate", "arm", "sweep", "run", "eval", "grid", "selection", "maps", "difference", "lead",
@@ -59,20 +65,23 @@ ABOUT_LEAD = (
     "read, between them on a straight line; `-` where they are more than half of the run apart. No endpoint."
 )
 ABOUT_CUTS = (
-    "By position in the document as the model sees it and, for tokens whose four predecessors stood "
-    "together before in the document, by the distance back to where they did so last, both of text without synthetic "
-    "sources; and by source. `+` is all that lies further. ± is the standard error, with one seed that of the "
-    "documents alone."
+    "Of text without synthetic sources: by position in the document as the model sees it; for tokens whose four "
+    "predecessors stood together before in the document, `repeated`, by the distance back to where they did so last; "
+    "`new` are all other tokens. And by source. `+` is all that lies further. ± is the standard error, with one seed, "
+    "in brackets, that of the documents alone: how much seeds differ is not in it."
 )
 ABOUT_EVALUATIONS = (
     "Answers that are right in every token, where the facts lie in neither a forced block nor the window; in brackets "
-    "nats per token of the answers, and the share of the facts that the chosen blocks held. `heldout` is held-out loss "
-    "in rows of that length. Means over seeds."
+    "nats per token of the answers, which are 2.30 where each digit is a guess, and the share of the facts that the "
+    "chosen blocks held. `heldout` is held-out loss in rows of that length. Means over the seeds that were asked."
 )
 
-ABOUT_ROWS = "Of the task `heldout`, by position in the document as the model sees it; means over seeds."
+ABOUT_ROWS = (
+    "Of the task `heldout`, by position in the document as the model sees it; means over the seeds that were asked. "
+    "Where `samples` are few, so are the documents: what lengths and arms differ by says more than the values."
+)
 ABOUT_GRIDS = (
-    "As in the paper's figure 5: answers that are right in every token, means over seeds. Cells that are crossed out "
+    "As in the paper's figure 5: answers that are right in every token, means over seeds. Grey cells "
     "need no selection, for what is asked lies in forced blocks or in the window."
 )
 ABOUT_SELECTION = (
@@ -144,21 +153,32 @@ def _levels(ladder: list[Row]) -> Iterator[str]:
 
 
 def _gates(gates: list[Row]) -> Iterator[str]:
-    lines = ((f"`{r['arm']}`", r["gate"], _yes(r["passed"]), r["found"], r["demanded"], r["device"]) for r in gates)
-    yield from _table(("arm", "gate", "passed", "found", "demanded", "device"), lines)
+    lines = (
+        (
+            f"`{r['arm']}`",
+            r["gate"],
+            _yes(r["passed"]),
+            r["found"],
+            r["demanded"],
+            r["device"],
+            _commit(r.get("commit")),
+        )
+        for r in gates
+    )
+    yield from _table(("arm", "gate", "passed", "found", "demanded", "device", "source"), lines)
 
 
 def _evaluations(arms: list[Row], found: list[Row]) -> Iterator[str]:
     names = [arm["arm"] for arm in arms]
     asked = sorted({(row["task"], row["length"]) for row in found})
     lines = (
-        (task, f"{length:,}", *(
+        (task, f"{length:,}", _questions([r for r in found if (r["task"], r["length"]) == (task, length)]), *(
             _evaluation([r for r in found if (r["arm"], r["task"], r["length"]) == (arm, task, length)])
             for arm in names
         ))
         for task, length in asked
     )  # fmt: skip
-    yield from _table(("task", "tokens", *(f"`{arm}`" for arm in names)), lines)
+    yield from _table(("task", "tokens", "questions a run", *(f"`{arm}`" for arm in names)), lines)
     yield from _seeds(found)
     ways = {task: {str(row.get("settings")) for row in found if row["task"] == task} for task, _ in asked}
     if unlike := ", ".join(task for task, settings in ways.items() if len(settings) > 1):
@@ -173,6 +193,12 @@ def _seeds(found: list[Row]) -> Iterator[str]:
     if seeds:
         told = "; ".join(f"`{arm}` {', '.join(map(str, sorted(of)))}" for arm, of in seeds.items())
         yield from ("", f"Seeds that were asked: {told}.")
+
+
+def _questions(rows: list[Row]) -> str:
+    """That count, of one run, the fewest; `heldout` asks none."""
+    counted = [row["samples"] for row in rows if "accuracy" in row and row.get("samples") is not None]
+    return str(min(counted)) if counted else "-"
 
 
 def _evaluation(rows: list[Row]) -> str:
@@ -392,4 +418,4 @@ def _interval(d: Row) -> str:
 def _with_error(d: Row | None) -> str:
     if d is None:
         return "-"
-    return f"{d['mean']:+.4f} ± {_number(d['se'] if d['se'] is not None else d['se_data'])}"
+    return f"{d['mean']:+.4f} " + (f"({_number(d['se_data'])})" if d["se"] is None else f"± {_number(d['se'])}")

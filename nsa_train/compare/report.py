@@ -33,13 +33,16 @@ PAPER_ACTIVE, PAPER_TOKENS = 4.5e9, 270e9  # section 4.1: 27B parameters, 270B t
 def rows_of(arms: Arms, gates: Sequence[dict[str, Any]], speeds: Speeds | None = None) -> list[dict[str, Any]]:
     """One row a fact; `what` is comparison, level, gate, arm, run, eval, selection, difference, lead or secondary.
 
-    Those of grids, maps and a sweep come beside them: see `command`.
+    Those of grids, maps and a sweep come beside them: see `command`. Runs that go on from others reach no level and
+    have no endpoint: these are about the end of pretraining.
 
     speeds  measured apart, of arms whose runs were not alone on their device
     """
     differences = paired_differences(arms)
     run_rows = {arm: [_run_row(run, arms, speeds) for run in runs] for arm, runs in arms.runs.items()}
-    ladder = levels(differences, list(arms.runs), gates)
+    first = arms.all[0]
+    ladder = [] if first.steps_before else levels(differences, list(arms.runs), gates)
+    endpoints = [] if first.steps_before else secondary(differences, first.config.attention)
     level = reached(ladder)
     return [
         {"what": "comparison", "level": level and level.name, "title": level and level.title, **_setting(arms)},
@@ -50,7 +53,7 @@ def rows_of(arms: Arms, gates: Sequence[dict[str, Any]], speeds: Speeds | None =
         *(_eval_row(run, row) for run in arms.all for row in _answers(run) if row["what"] in EVALUATED),
         *({"what": "difference", **dataclasses.asdict(d)} for d in differences),
         *(_lead_row(run, arms) for run in arms.all if run.arm != arms.baseline),
-        *({"what": "secondary", **one._asdict()} for one in secondary(differences, arms.all[0].config.attention)),
+        *({"what": "secondary", **one._asdict()} for one in endpoints),
     ]
 
 

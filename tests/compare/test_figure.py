@@ -44,6 +44,15 @@ def test_where_no_run_was_alone_the_place_of_seconds_says_so(drawn):
     assert above[2].texts[0].get_text() == "no run was alone on its device,\nand no speed was measured apart"
 
 
+def test_a_seed_has_its_line_and_arms_of_few_seeds_hollow_marks_without_intervals(drawn):
+    (tokens, *_), (positions, *_) = drawn()
+    full, nsa = ([line.get_linestyle() for line in tokens.lines[at : at + 2]] for at in (0, 2))
+    assert full == nsa == ["-", "--"]
+    (marks,) = (line for line in positions.lines if line.get_marker() == "o")
+    assert marks.get_markerfacecolor() == "white"
+    assert not [bar for bar in positions.collections if len(bar.get_segments()[0])]
+
+
 def test_leads_are_differences_of_the_curves_of_a_seed(drawn):
     (tokens, _, _, leads), _ = drawn()
     for seed, line in enumerate(leads.lines[:2]):
