@@ -26,6 +26,7 @@ from nsa_train.plan.advice import GIB, need
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAPER_WIDTHS = (192, 128)
+PLACES = ("text", "new", "repeated", "position", "recall")  # cuts of text
 RUN_KEYS = ("trainer.", "data.")  # of overrides that change the run, not the model
 NAMED = ("trainer.cuda_graphs=true", "trainer.force_balance=true")  # all the same
 
@@ -160,7 +161,7 @@ def comparison() -> str:
         _comparison(name) for name in ("comparison_r1", "comparison_r1_long", "steps_131k/comparison_r1")
     )
     lines = [
-        "| arm | held-out loss by seed | mean | copies after, M tokens | after the long stage | in steps of 131k |",
+        "| arm | rows of 8k, by seed | mean | copies after, M tokens | long stage, rows of 32k | in steps of 131k |",
         "|---|---|---|---|---|---|",
     ]
     for arm in dict.fromkeys(row["arm"] for row in (*now, *before) if row["what"] == "run"):
@@ -212,7 +213,7 @@ def _millions(tokens: float | None) -> str:
 def places() -> str:
     """Where `nsa` differs from a gated baseline and from random blocks: by position, and by what repeats."""
     rows = [row for row in _comparison("comparison_r1") if row["what"] == "difference" and row["arm"] == "nsa"]
-    cuts = [cut for cut in dict.fromkeys(row["cut"] for row in rows) if cut.startswith(("text", "position", "recall"))]
+    cuts = [cut for cut in dict.fromkeys(row["cut"] for row in rows) if cut.startswith(PLACES)]
     found = [{row["cut"]: row for row in rows if row["baseline"] == other} for other in ("full_gated", "nsa_random")]
     heads = (f"`nsa` - `{one['text']['baseline']}`, seeds {', '.join(map(str, one['text']['seeds']))}" for one in found)
     lines = [f"| labels | {' | '.join(heads)} |", "|---|---|---|"]
