@@ -26,6 +26,7 @@ from nsa_train.plan.advice import GIB, need
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAPER_WIDTHS = (192, 128)
+ANSWERS = ("multikey_train", "mqar_train")
 PLACES = ("text", "new", "repeated", "position", "recall")  # cuts of text
 RUN_KEYS = ("trainer.", "data.")  # of overrides that change the run, not the model
 NAMED = ("trainer.cuda_graphs=true", "trainer.force_balance=true")  # all the same
@@ -167,25 +168,27 @@ def comparison() -> str:
     for arm in dict.fromkeys(row["arm"] for row in (*now, *before) if row["what"] == "run"):
         losses = [_by_seed(rows, arm, lambda run: f"{run['text_loss']:.3f}") for rows in (now, long, before)]
         copies = _by_seed(now, arm, lambda run: _millions(run["tokens_to_copying"]))
-        means = [row["text_loss"]["mean"] for row in now if row["what"] == "arm" and row["arm"] == arm]
-        mean = f"{means[0]:.3f}" if means and "," in losses[0] else ""
+        mine = [row for row in now if row["what"] == "arm" and row["arm"] == arm and len(row["seeds"]) > 1]
+        mean = f"{mine[0]['text_loss']['mean']:.3f}" if mine else ""
         lines.append(f"| `{arm}` | {losses[0]} | {mean} | {copies} | {losses[1]} | {losses[2]} |")
     return "\n".join(lines)
 
 
-def answers(tasks: tuple[str, ...] = ("needle_train", "mqar_train")) -> str:
+def answers() -> str:
     """Right answers after the long stage by task, arm and length, means over its seeds."""
-    rows = [row for row in _comparison("comparison_r1_long") if row["what"] == "eval" and row["task"] in tasks]
+    asked = [row for row in _comparison("comparison_r1_long") if row["what"] == "eval" and "accuracy" in row]
+    rows = [row for row in asked if row["task"] in ANSWERS]
     lengths = sorted({row["length"] for row in rows})
     lines = [
         f"| task | arm | seeds | {' | '.join(f'{n // 1024}k' for n in lengths)} |",
         "|---|---|---|" + "---|" * len(lengths),
     ]
-    for task, arm in dict.fromkeys((task, row["arm"]) for task in tasks for row in rows):
+    for task, arm in dict.fromkeys((task, row["arm"]) for task in ANSWERS for row in rows):
         mine = [row for row in rows if (row["task"], row["arm"]) == (task, arm)]
         seeds = ", ".join(map(str, sorted({row["seed"] for row in mine})))
-        right = (fmean(row["accuracy"] for row in mine if row["length"] == n) for n in lengths)
-        lines.append(f"| `{task}` | `{arm}` | {seeds} | {' | '.join(f'{share:.1%}' for share in right)} |")
+        right = ([row["accuracy"] for row in mine if row["length"] == n] for n in lengths)
+        told = " | ".join(f"{fmean(shares):.1%}" if shares else "-" for shares in right)
+        lines.append(f"| `{task}` | `{arm}` | {seeds} | {told} |")
     return "\n".join(lines)
 
 
@@ -215,17 +218,21 @@ def places() -> str:
     rows = [row for row in _comparison("comparison_r1") if row["what"] == "difference" and row["arm"] == "nsa"]
     cuts = [cut for cut in dict.fromkeys(row["cut"] for row in rows) if cut.startswith(PLACES)]
     found = [{row["cut"]: row for row in rows if row["baseline"] == other} for other in ("full_gated", "nsa_random")]
-    heads = (f"`nsa` - `{one['text']['baseline']}`, seeds {', '.join(map(str, one['text']['seeds']))}" for one in found)
+    heads = (f"`nsa` - `{one['text']['baseline']}`, {_seeds(one['text']['seeds'])}" for one in found)
     lines = [f"| labels | {' | '.join(heads)} |", "|---|---|---|"]
     for cut in (cut for cut in cuts if not cut.endswith("+")):
         lines.append(f"| {cut} | {' | '.join(_difference(one[cut]) for one in found)} |")
     return "\n".join(lines)
 
 
+def _seeds(seeds: list[int]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
 def _difference(row: dict[str, Any]) -> str:
     """With its interval over seeds, of one seed with the error of the documents."""
     about = f"{row['se_data']:.3f}" if row["low"] is None else f"{row['low']:+.3f} to {row['high']:+.3f}"
-    return f"{row['mean']:+.3f} ({about})"
+    return f"{row['mean']:+.3f} ({about})".replace("-0.000", "0.000")
 
 
 def _comparison(name: str) -> list[dict[str, Any]]:

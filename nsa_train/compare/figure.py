@@ -1,7 +1,7 @@
 """The figure of a comparison: curves over tokens, FLOPs and seconds, differences, and when runs learnt to copy.
 
-One colour an arm, one kind of line a seed. Hollow marks are of arms with fewer seeds than the rule asks for, and of one
-seed or two no interval is drawn: of two it would hide all others.
+One colour an arm, one kind of line and mark a seed. Hollow marks are of arms with fewer seeds than the rule asks for,
+of which no interval is drawn: of two seeds it would hide all others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import numpy as np
 
 from nsa_train.bench.figures import save_figure
 from nsa_train.compare.levels import LEAST_SEEDS
-from nsa_train.compare.markdown import reached_by
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,38 +34,43 @@ def plot_comparison(rows: list[Row], path: Path) -> None:
     runs = [row for row in rows if row["what"] == "run"]
     differences = [row for row in rows if row["what"] == "difference" and row["baseline"] == head["baseline"]]
     colour = {arm: f"C{i}" for i, arm in enumerate(arms)}
-    figure, axes = plt.subplots(2, 4, figsize=(20, 9), dpi=100)
-    late = [point["loss"] for run in runs for point in _shown(head, run)]
+    figure, axes = plt.subplots(2, 5, figsize=(24, 9), dpi=90)
+    late = [point["loss"] for run in runs for point in _shown(head, run, FLAT_UNTIL)]
     margin = 0.05 * (max(late) - min(late)) + 0.01
     low, high = min(late) - margin, max(late) + margin
     for place, (key, label) in zip(axes[0][:3], AXES, strict=True):
         _curves(place, [run for run in runs if key != "seconds" or run["alone_tokens_per_s"]], runs, key, colour)
         if head["unigram_entropy"] < high:
-            place.axhline(head["unigram_entropy"], color="gray", ls="--", lw=1, label="unigram entropy")
+            place.axhline(head["unigram_entropy"], color="gray", lw=1, label="unigram entropy")
         place.set(xlabel=label, ylabel="validation loss (rows of each seed)", ylim=(low, high))
-    _leads(axes[0][3], head, runs, colour)
+    for place, since in ((axes[0][3], FLAT_UNTIL), (axes[0][4], LATE_FROM)):
+        _leads(place, head, runs, colour, since)
     for place, (kind, label) in zip(axes[1][:2], CUTS, strict=True):
         _differences(place, [d for d in differences if d["cut"].startswith(kind) and "+" not in d["cut"]], colour)
         interval = ", 95% interval" if any(map(_enough, differences)) else ""
         place.axhline(0, color=colour[head["baseline"]], lw=1)
         place.set(xlabel=label, ylabel=f"loss of text minus that of {head['baseline']}{interval}")
     for run in (run for run in runs if run["text_loss"] is not None):
-        mark, look = MARKS[run["seed"] % len(MARKS)], {"color": colour[run["arm"]]}
-        axes[1][2].plot(arms.index(run["arm"]), run["text_loss"], mark, **look)
+        look = {"color": colour[run["arm"]], "marker": _of(MARKS, run), "ls": ""}
+        axes[1][2].plot(arms.index(run["arm"]), run["text_loss"], **look)
         if run["tokens_to_copying"] is not None:
-            axes[1][3].plot(run["tokens_to_copying"], run["text_loss"], mark, **look)
+            axes[1][3].plot(run["tokens_to_copying"], run["text_loss"], **look)
     axes[1][2].set_xticks(range(len(arms)), arms, rotation=30)
     axes[1][2].set(ylabel="held-out loss of text at the end, each seed")
     _or_words(axes[1][3], "no run learnt to copy after its start")
     axes[1][3].set(xlabel="tokens to copying", ylabel="held-out loss of text at the end")
     for place in axes.flat:
         place.grid(alpha=0.3)
-    for place in (place for place in (axes[0][0], axes[0][1], axes[0][3], axes[1][3]) if place.lines):
+    for place in (place for place in (axes[0][0], axes[0][1], axes[0][3], axes[0][4], axes[1][3]) if place.lines):
         place.xaxis.set_major_formatter(EngFormatter())
         place.xaxis.set_major_locator(MaxNLocator(5))
+    for run in {run["seed"]: run for run in runs}.values():
+        axes[1][4].plot([], [], color="gray", ls=_of(LINES, run), marker=_of(MARKS, run), label=f"seed {run['seed']}")
+    axes[1][4].legend(loc="center")
+    axes[1][4].axis("off")
     axes[0][0].legend()
     about = f"{head['experiment']}, {head['tokens']:,} tokens, corpus {head['corpus']['hash'][:12]}"
-    figure.suptitle(f"{about}: {reached_by(head)}")
+    figure.suptitle(f"{about}: {head['reached']}")
     figure.tight_layout()
     save_figure(figure, path)
 
@@ -75,34 +79,20 @@ def _curves(place: Axes, shown: list[Row], runs: list[Row], key: str, colour: di
     for run in shown:
         first = run["seed"] == min(r["seed"] for r in runs if r["arm"] == run["arm"])
         points = [(point[key], point["loss"]) for point in run["val"]]
-        line = LINES[run["seed"] % len(LINES)]
+        line = _of(LINES, run)
         place.plot(
             *zip(*points, strict=True), color=colour[run["arm"]], ls=line, lw=1, label=run["arm"] if first else None
         )  # type: ignore[arg-type]
     _or_words(place, "no run was alone on its device,\nand no speed was measured apart")
 
 
-def _leads(place: Axes, head: Row, runs: list[Row], colour: dict[str, str]) -> None:
-    """Validation loss minus that of the baseline's run of the same seed, between its validations on a straight line.
-
-    What is left at the end is small beside what lies before: of runs from scratch it is drawn once more, larger.
-    """
+def _leads(place: Axes, head: Row, runs: list[Row], colour: dict[str, str], since: float) -> None:
+    """Validation loss minus that of the baseline's run of the same seed, between its validations on a straight line."""
     baseline = {run["seed"]: run["val"] for run in runs if run["arm"] == head["baseline"]}
-    late = None if head["steps_before"] else place.inset_axes((0.5, 0.06, 0.48, 0.36))
     for run in (run for run in runs if run["arm"] != head["baseline"]):
         tokens, theirs = ([point[key] for point in baseline[run["seed"]]] for key in ("tokens", "loss"))
-        at, ours = ([point[key] for point in _shown(head, run)] for key in ("tokens", "loss"))
-        lead = ours - np.interp(at, tokens, theirs)
-        look = {"color": colour[run["arm"]], "ls": LINES[run["seed"] % len(LINES)], "lw": 1}
-        place.plot(at, lead, **look)
-        if late:
-            last = np.asarray(at) >= LATE_FROM * head["tokens"]
-            late.plot(np.asarray(at)[last], lead[last], **look)
-    if late:
-        late.axhline(0, color=colour[head["baseline"]], lw=1)
-        late.set(xticks=[])
-        late.set_title("the last quarter", fontsize=8)
-        late.tick_params(labelsize=7)
+        at, ours = ([point[key] for point in _shown(head, run, since)] for key in ("tokens", "loss"))
+        place.plot(at, ours - np.interp(at, tokens, theirs), color=colour[run["arm"]], ls=_of(LINES, run), lw=1)
     place.axhline(0, color=colour[head["baseline"]], lw=1)
     place.set(xlabel="tokens", ylabel=f"validation loss minus that of {head['baseline']}, seed by seed")
 
@@ -123,13 +113,18 @@ def _differences(place: Axes, differences: list[Row], colour: dict[str, str]) ->
         place.legend(fontsize=7)
 
 
+def _of(looks: tuple[str, ...], run: Row) -> str:
+    """The kind of line or mark of the run's seed."""
+    return looks[run["seed"] % len(looks)]
+
+
 def _enough(d: Row) -> bool:
     return d["low"] is not None and len(d["seeds"]) >= LEAST_SEEDS
 
 
-def _shown(head: Row, run: Row) -> list[Row]:
-    """Validations but the first ones of a run from scratch, which would flatten the rest."""
-    least = 0 if head["steps_before"] else FLAT_UNTIL * head["tokens"]
+def _shown(head: Row, run: Row, since: float) -> list[Row]:
+    """Validations but those before this share of the tokens, which would flatten the rest; all of a stage."""
+    least = 0 if head["steps_before"] else since * head["tokens"]
     return [point for point in run["val"] if point["tokens"] >= least]
 
 

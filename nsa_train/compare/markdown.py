@@ -14,8 +14,7 @@ def markdown(result: dict[str, Any], figure: str) -> str:
     rows: list[Row] = result["rows"]
     of = {what: [row for row in rows if row["what"] == what] for what in KINDS}
     (head,) = of["comparison"]
-    reached = reached_by(head)
-    lines = [f"# Comparison of {', '.join(row['arm'] for row in of['arm'])}", "", f"**{reached}**", ""]
+    lines = [f"# Comparison of {', '.join(row['arm'] for row in of['arm'])}", "", f"**{head['reached']}**", ""]
     lines += [*_setting(head, result), "", f"![curves and differences]({figure})"]
     for heading, note, table in (
         ("Level, by the rule fixed beforehand", "", _levels(of["level"])),
@@ -37,12 +36,6 @@ def markdown(result: dict[str, Any], figure: str) -> str:
         if body := list(table):
             lines += ["", f"## {heading}", *(["", note] if note else []), "", *body]
     return "\n".join(lines) + "\n"
-
-
-def reached_by(head: Row) -> str:
-    if head["steps_before"]:
-        return "a stage that goes on from other runs: levels and endpoints are about those"
-    return f"level {head['level']}: {head['title']}" if head["level"] else "no level reached"
 
 
 SHARES_PAST = (0.5, 0.3)  # of the tokens, past n l' and past twice that
@@ -72,7 +65,7 @@ ABOUT_CUTS = (
 )
 ABOUT_EVALUATIONS = (
     "Answers that are right in every token, where the facts lie in neither a forced block nor the window; in brackets "
-    "nats per token of the answers, which are 2.30 where each digit is a guess, and the share of the facts that the "
+    "nats per token of the answers, which are 2.28 where it is a guess, and the share of the facts that the "
     "chosen blocks held. `heldout` is held-out loss in rows of that length. Means over the seeds that were asked."
 )
 

@@ -44,8 +44,17 @@ def rows_of(arms: Arms, gates: Sequence[dict[str, Any]], speeds: Speeds | None =
     ladder = [] if first.steps_before else levels(differences, list(arms.runs), gates)
     endpoints = [] if first.steps_before else secondary(differences, first.config.attention)
     level = reached(ladder)
+    said = f"level {level.name}: {level.title}" if level else "no level reached"
+    if first.steps_before:
+        said = "a stage that goes on from other runs, which are what levels are about"
     return [
-        {"what": "comparison", "level": level and level.name, "title": level and level.title, **_setting(arms)},
+        {
+            "what": "comparison",
+            "level": level and level.name,
+            "title": level and level.title,
+            "reached": said,
+            **_setting(arms),
+        },
         *({"what": "level", **one._asdict()} for one in ladder),
         *({**gate, "what": "gate"} for gate in gates),
         *(_arm_row(runs, run_rows[arm]) for arm, runs in arms.runs.items()),

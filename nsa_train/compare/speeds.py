@@ -30,7 +30,6 @@ class Speed(NamedTuple):
     """What a row of the benchmark says: the run behind it, tokens per second, and whether CUDA graphs were replayed."""
 
     recipe: dict[str, Any]
-    attention: str
     gpus: int
     micro_batch: int
     tokens_per_s: float
@@ -38,12 +37,15 @@ class Speed(NamedTuple):
 
     @staticmethod
     def of_row(row: dict[str, Any]) -> Speed:
+        """Raises KeyError or ConfigError where the row was written before a key of today."""
         recipe = kept.recipe(load_config(settings_of(row)))
-        return Speed(recipe, *(row[key] for key in Speed._fields[1:]))
+        return Speed(recipe, row["gpus"], row["micro_batch"], row["tokens_per_s"], row["cuda_graphs"])
 
 
 @dataclass(frozen=True)
 class Speeds:
+    """What a file of the benchmark found on one kind of device."""
+
     path: Path
     device: str
     found: tuple[Speed, ...]
@@ -89,6 +91,6 @@ class Speeds:
 def _alike(speed: Speed, run: Run) -> bool:
     trainer, world = run.config.trainer, run.manifest["world_size"]
     micro_batch = largest_divisor(trainer.batch_rows // world, trainer.micro_rows)
-    if (speed.attention, speed.gpus, speed.micro_batch) != (run.arm, world, micro_batch):
+    if (speed.gpus, speed.micro_batch) != (world, micro_batch):
         return False
     return not differing(speed.recipe, kept.recipe(run.config), FREE)

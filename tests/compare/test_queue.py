@@ -289,12 +289,13 @@ def test_a_device_takes_as_many_runs_at_once_as_are_asked_for_and_they_know_it(s
     with pytest.raises(Interrupted):
         queue.train([job] * 3)
     assert told.read_text() == "22"
-    for beside, says in (("1", "1"), ("3", "3")):  # one that has the device to itself; or not, as the environment tells
+    # One that has the device to itself; or not, as the environment tells: of all runs there.
+    for beside, jobs, says in (("1", 1, "1"), ("3", 1, "3"), ("3", 2, "33")):
         told.unlink()
         monkeypatch.setenv(script.runtime.RUNS_A_DEVICE, beside)
         queue = script.Queue(3.0, share=2)
         with pytest.raises(Interrupted):
-            queue.train([job])
+            queue.train([job] * jobs)
         assert told.read_text() == says
 
 

@@ -34,7 +34,7 @@ def test_runs_that_go_on_from_others_reach_no_level(tmp_path):
     assert (head["level"], head["steps_before"]) == (None, [6])
     assert not {"level", "secondary"} & {row["what"] for row in rows}
     said = (tmp_path / "out" / "comparison_tiny.md").read_text()
-    assert "**a stage that goes on from other runs: levels and endpoints are about those**" in said
+    assert "**a stage that goes on from other runs, which are what levels are about**" in said
     assert "## Level" not in said
 
 
