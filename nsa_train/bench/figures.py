@@ -122,7 +122,7 @@ def plot_grids(grids: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> Non
             x, y = lengths.index(row["length"]), depths.index(row["depth"])
             values[y][x] = row["accuracy"]
             if row["zone"]:
-                place.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, color="lightgray", hatch="//", ec="gray", lw=0))
+                place.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, color="lightgray"))
         image = place.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         place.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         place.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])

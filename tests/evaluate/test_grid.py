@@ -104,6 +104,17 @@ def test_the_heat_map_is_drawn(tmp_path):
     assert Image.open(tmp_path / "grid.png").mode == "P"  # of a palette: small
 
 
+def test_cells_that_need_no_selection_are_grey(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("nsa_train.bench.figures.save_figure", lambda figure, path: figures.append(figure))
+    rows = [{"length": length, "depth": depth, "accuracy": 1.0, "zone": None}
+            for length in (512, 1024) for depth in (0.0, 0.5, 1.0)]  # fmt: skip
+    rows[4]["zone"] = "window"
+    plot_grids({"title": rows}, tmp_path / "grid.png")
+    (grey,) = figures[0].axes[0].patches
+    assert (grey.get_x(), grey.get_y(), grey.get_width(), grey.get_height()) == (0.5, 0.5, 1, 1)
+
+
 def test_options_are_read():
     options = Options.parse(["task=needle", "lengths=[512,1024]", "samples=3"])
     assert options == Options(("needle",), (512, 1024), 21, 3)
