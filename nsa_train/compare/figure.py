@@ -78,11 +78,9 @@ def plot_comparison(rows: list[Row], path: Path) -> None:
 def _curves(place: Axes, shown: list[Row], runs: list[Row], key: str, colour: dict[str, str]) -> None:
     for run in shown:
         first = run["seed"] == min(r["seed"] for r in runs if r["arm"] == run["arm"])
-        points = [(point[key], point["loss"]) for point in run["val"]]
-        line = _of(LINES, run)
-        place.plot(
-            *zip(*points, strict=True), color=colour[run["arm"]], ls=line, lw=1, label=run["arm"] if first else None
-        )  # type: ignore[arg-type]
+        at, losses = ([point[what] for point in run["val"]] for what in (key, "loss"))
+        label = run["arm"] if first else None
+        place.plot(at, losses, color=colour[run["arm"]], ls=_of(LINES, run), lw=1, label=label)
     _or_words(place, "no run was alone on its device,\nand no speed was measured apart")
 
 

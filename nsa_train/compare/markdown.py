@@ -147,17 +147,10 @@ def _levels(ladder: list[Row]) -> Iterator[str]:
 
 def _gates(gates: list[Row]) -> Iterator[str]:
     lines = (
-        (
-            f"`{r['arm']}`",
-            r["gate"],
-            _yes(r["passed"]),
-            r["found"],
-            r["demanded"],
-            r["device"],
-            _commit(r.get("commit")),
-        )
+        (f"`{r['arm']}`", r["gate"], _yes(r["passed"]), *(r[key] for key in ("found", "demanded", "device")),
+         _commit(r.get("commit")))
         for r in gates
-    )
+    )  # fmt: skip
     yield from _table(("arm", "gate", "passed", "found", "demanded", "device", "source"), lines)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nsa_train.compare.cuts import MIXTURE, TEXT, WHOLE, cuts_of, losses_of, paired_differences, synthetic_sources
-from nsa_train.compare.levels import levels, reached, secondary
+from nsa_train.compare.levels import Level, levels, reached, secondary
 from nsa_train.compare.runs import ARM_KEYS, Arms, Run
 from nsa_train.compare.speeds import Speeds
 from nsa_train.compare.statistics import spread
@@ -41,20 +41,11 @@ def rows_of(arms: Arms, gates: Sequence[dict[str, Any]], speeds: Speeds | None =
     differences = paired_differences(arms)
     run_rows = {arm: [_run_row(run, arms, speeds) for run in runs] for arm, runs in arms.runs.items()}
     first = arms.all[0]
-    ladder = [] if first.steps_before else levels(differences, list(arms.runs), gates)
-    endpoints = [] if first.steps_before else secondary(differences, first.config.attention)
-    level = reached(ladder)
-    said = f"level {level.name}: {level.title}" if level else "no level reached"
-    if first.steps_before:
-        said = "a stage that goes on from other runs, which are what levels are about"
+    stage = bool(first.steps_before)
+    ladder = [] if stage else levels(differences, list(arms.runs), gates)
+    endpoints = [] if stage else secondary(differences, first.config.attention)
     return [
-        {
-            "what": "comparison",
-            "level": level and level.name,
-            "title": level and level.title,
-            "reached": said,
-            **_setting(arms),
-        },
+        {"what": "comparison", **_reached(reached(ladder), stage), **_setting(arms)},
         *({"what": "level", **one._asdict()} for one in ladder),
         *({**gate, "what": "gate"} for gate in gates),
         *(_arm_row(runs, run_rows[arm]) for arm, runs in arms.runs.items()),
@@ -64,6 +55,14 @@ def rows_of(arms: Arms, gates: Sequence[dict[str, Any]], speeds: Speeds | None =
         *(_lead_row(run, arms) for run in arms.all if run.arm != arms.baseline),
         *({"what": "secondary", **one._asdict()} for one in endpoints),
     ]
+
+
+def _reached(level: Level | None, stage: bool) -> dict[str, Any]:
+    """The level, and how report and figure call it; a stage goes on from other runs."""
+    said = f"level {level.name}: {level.title}" if level else "no level reached"
+    if stage:
+        said = "a stage that goes on from other runs, which are what levels are about"
+    return {"level": level and level.name, "title": level and level.title, "reached": said}
 
 
 def _setting(arms: Arms) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from nsa_train.bench.training import settings_of
 from nsa_train.compare import kept
 from nsa_train.compare.runs import Run
 from nsa_train.config.load import load_config
-from nsa_train.data.stages import largest_divisor, stages_of
+from nsa_train.config.schema import Config
+from nsa_train.data.stages import micro_batches_of, stages_of
 from nsa_train.errors import ConfigError, NsaTrainError
 from nsa_train.train.folder import differing
 
@@ -29,17 +30,15 @@ FREE = (
 class Speed(NamedTuple):
     """What a row of the benchmark says: the run behind it, tokens per second, and whether CUDA graphs were replayed."""
 
-    recipe: dict[str, Any]
+    config: Config
     gpus: int
-    micro_batch: int
     tokens_per_s: float
     cuda_graphs: bool
 
     @staticmethod
     def of_row(row: dict[str, Any]) -> Speed:
         """Raises KeyError or ConfigError where the row was written before a key of today."""
-        recipe = kept.recipe(load_config(settings_of(row)))
-        return Speed(recipe, row["gpus"], row["micro_batch"], row["tokens_per_s"], row["cuda_graphs"])
+        return Speed(load_config(settings_of(row)), row["gpus"], row["tokens_per_s"], row["cuda_graphs"])
 
 
 @dataclass(frozen=True)
@@ -84,13 +83,14 @@ class Speeds:
         """
         if run.runs_a_device == 1 or run.manifest["device"] != self.device or len(stages_of(run.config)) > 1:
             return None
-        alike = [speed for speed in self.found if _alike(speed, run)]
+        recipe, world = kept.recipe(run.config), run.manifest["world_size"]
+        alike = [
+            speed for speed in self.found
+            if speed.gpus == world and _micro_batches(speed.config, world) == _micro_batches(run.config, world)
+            and not differing(kept.recipe(speed.config), recipe, FREE)
+        ]  # fmt: skip
         return max(alike, key=lambda speed: speed.tokens_per_s, default=None)
 
 
-def _alike(speed: Speed, run: Run) -> bool:
-    trainer, world = run.config.trainer, run.manifest["world_size"]
-    micro_batch = largest_divisor(trainer.batch_rows // world, trainer.micro_rows)
-    if (speed.gpus, speed.micro_batch) != (world, micro_batch):
-        return False
-    return not differing(speed.recipe, kept.recipe(run.config), FREE)
+def _micro_batches(config: Config, world: int) -> int:
+    return micro_batches_of(stages_of(config), config.trainer, world)

@@ -4,12 +4,16 @@ import json
 
 import numpy as np
 
+from nsa_train.cli import main
 from nsa_train.config.load import load_config, to_yaml
 from nsa_train.train.heldout import HeldOut
 
 DOCUMENTS = 40
 LABELS = 4 * np.random.default_rng(1).integers(5, 50, (DOCUMENTS, 3))  # by position bucket of rows of 512
 WEIGHTS = {"embed.weight [8, 4]": "a", "head.weight [8, 4]": "b"}
+
+ORIGIN = {"folder": "before", "step": 6, "initial_weights_sha256": WEIGHTS, "origin": None,
+          "rows_fingerprint": "rows of before", "rows_sample_sha256": "x"}  # fmt: skip
 
 
 def make_run(
@@ -56,3 +60,10 @@ def make_run(
     (folder / "summary.json").write_text(json.dumps({**ended, **dict(summary)}))
     (folder / "config.yaml").write_text(to_yaml(config))
     return folder
+
+
+def compared(out, runs, *words):
+    """Rows of the JSON, and the Markdown, of a comparison of runs of `tiny` into the folder `out`."""
+    assert main(["compare", *map(str, runs), *map(str, words), "--out", str(out)]) == 0
+    rows = json.loads((out / "comparison_tiny.json").read_text())["rows"]
+    return rows, (out / "comparison_tiny.md").read_text()

@@ -2,9 +2,7 @@
 
 import json
 
-from folders import make_run
-
-from nsa_train.cli import main
+from folders import compared, make_run
 
 OF_TODAY = {"settings": {"corpus_hash": "c"}}
 HELDOUT_ROW = {"what": "summary", "task": "heldout", **OF_TODAY}
@@ -30,8 +28,7 @@ def test_answers_of_the_runs_stand_in_the_report(tmp_path):
     (runs[1] / "eval" / "heldout.json").write_text(
         json.dumps({"rows": [HELDOUT_ROW | {"length": 1024, "loss": 4.5, "by_position": {}}]})
     )
-    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
-    text = (tmp_path / "out" / "comparison_tiny.md").read_text()
+    _, text = compared(tmp_path / "out", runs)
     for line in (
         "| heldout | 1,024 | - | - | 4.5000 |",
         "| needle | 64 | - | - | - |",
@@ -59,8 +56,7 @@ def test_answers_by_depth_and_losses_by_position_stand_in_the_report(tmp_path):
             )
         ]
         (run / "eval" / "heldout.json").write_text(json.dumps({"rows": losses}))
-    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
-    said = (tmp_path / "out" / "comparison_tiny.md").read_text()
+    rows, said = compared(tmp_path / "out", runs)
     for line in (
         "![answers to needle, by length and depth](comparison_tiny_needle.png)",
         "| tokens of a row | arm | 0-128 | 128-512 | 512-1024 |",
@@ -69,7 +65,6 @@ def test_answers_by_depth_and_losses_by_position_stand_in_the_report(tmp_path):
     ):
         assert line in said
     assert (tmp_path / "out" / "comparison_tiny_needle.png").read_bytes()[:4] == b"\x89PNG"
-    rows = json.loads((tmp_path / "out" / "comparison_tiny.json").read_text())["rows"]
     grids = {row["arm"]: row["cells"] for row in rows if row["what"] == "grid"}
     assert [(cell["length"], cell["depth"]) for cell in grids["nsa"]] == [(512, 0.0), (512, 1.0), (1024, 0.0)]
     told = {arm: (cells[0]["accuracy"], cells[0]["zone"]) for arm, cells in grids.items()}
@@ -83,8 +78,7 @@ def test_answers_that_were_asked_in_other_ways_are_told(tmp_path):
         for task, settings in (("needle", {"corpus_hash": "c", "samples": samples}), ("mqar", {"corpus_hash": "c"})):
             row = {"what": "summary", "task": task, "length": 512, "accuracy": 0.5, "loss": 1.0, "settings": settings}
             (run / "eval" / f"{task}.json").write_text(json.dumps({"rows": [row | {"selection_recall": None}]}))
-    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
-    said = (tmp_path / "out" / "comparison_tiny.md").read_text()
+    _, said = compared(tmp_path / "out", runs)
     assert "**Not all runs were asked alike**, with other samples or depths: needle.\n" in said
 
 
@@ -95,8 +89,7 @@ def test_answers_of_before_they_named_the_corpus_are_left_out(tmp_path):
         rows = [{"what": "cell", "task": task, "length": 512, "depth": 0.0, "accuracy": 1.0, "zone": None},
                 {"what": "summary", "task": task, "length": 512, "accuracy": 1.0, "settings": {}}]  # fmt: skip
         (runs[1] / "eval" / f"{task}.json").write_text(json.dumps({"rows": rows}))
-    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
-    rows = json.loads((tmp_path / "out" / "comparison_tiny.json").read_text())["rows"]
+    rows, _ = compared(tmp_path / "out", runs)
     assert not {"eval", "grid"} & {row["what"] for row in rows}
 
 
@@ -115,8 +108,7 @@ def test_selection_and_maps_of_the_runs_stand_in_the_report(tmp_path):
     for run in (runs[0], runs[3]):
         (run / "eval" / "maps.png").write_text(run.name)
         (run / "eval" / "maps.json").write_text(json.dumps({"rows": [{"what": "map", "task": "maps", "layer": 0}]}))
-    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
-    text = (tmp_path / "out" / "comparison_tiny.md").read_text()
+    _, text = compared(tmp_path / "out", runs)
     for line in (
         "| arm | tokens | chosen blocks hold | best | random | forced | read by 2 | read by 4 | read by 8 | next",
         "| `nsa` | 512 | 80.0% | 90.0% | 25.0% | 12.5% | 9.0 | 10.5 | 12.2 | 87.5% |",

@@ -1,7 +1,7 @@
 """What the figure of a comparison draws."""
 
 import pytest
-from folders import WEIGHTS, make_run
+from folders import ORIGIN, make_run
 
 from nsa_train.cli import main
 
@@ -67,10 +67,8 @@ def test_leads_are_differences_of_the_curves_of_a_seed(drawn):
 
 
 def test_runs_that_go_on_from_others_are_drawn_from_their_start(drawn, tmp_path):
-    read = {"rows_fingerprint": "rows of before", "rows_sample_sha256": "x"}
-    origin = {"folder": "before", "step": 6, "initial_weights_sha256": WEIGHTS, "origin": None, **read}
     before = [f"init_from={tmp_path / 'before'}"]
-    (tokens, *_, leads), (*_, copying, _) = drawn(manifest={"origin": origin}, overrides=before)
+    (tokens, *_, leads), (*_, copying, _) = drawn(manifest={"origin": ORIGIN}, overrides=before)
     assert list(leads.lines[0].get_xdata()) == [0, 3 * STEP, 6 * STEP]
     assert tokens.get_ylim()[1] > max(line.get_ydata()[0] for line in tokens.lines[:4])
     assert copying.texts[0].get_text() == "no run learnt to copy after its start"

@@ -3,9 +3,8 @@
 import json
 
 import pytest
-from folders import WEIGHTS, make_run
+from folders import ORIGIN, compared, make_run
 
-from nsa_train.cli import main
 from nsa_train.compare.gates import recipe
 from nsa_train.config.load import load_config
 
@@ -17,23 +16,18 @@ STAGES = ["stages=long_64k", "stages.parts.short.tokens=8192", "trainer.seq_len=
 )
 def test_the_report_says_how_long_the_rows_of_each_stage_are(tmp_path, overrides, lengths, said):
     runs = [make_run(tmp_path, arm, overrides=overrides) for arm in ("full", "nsa")]
-    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
-    head, *_ = json.loads((tmp_path / "out" / "comparison_tiny.json").read_text())["rows"]
+    (head, *_), report = compared(tmp_path / "out", runs)
     assert head["row_tokens"] == lengths
-    assert f" tokens in rows of {said}, " in (tmp_path / "out" / "comparison_tiny.md").read_text()
+    assert f" tokens in rows of {said}, " in report
 
 
 def test_runs_that_go_on_from_others_reach_no_level(tmp_path):
-    read = {"rows_fingerprint": "rows of before", "rows_sample_sha256": "x"}
-    origin = {"folder": "before", "step": 6, "initial_weights_sha256": WEIGHTS, "origin": None, **read}
     runs = [
-        make_run(tmp_path, arm, manifest={"origin": origin}, overrides=["init_from=before"]) for arm in ("full", "nsa")
+        make_run(tmp_path, arm, manifest={"origin": ORIGIN}, overrides=["init_from=before"]) for arm in ("full", "nsa")
     ]
-    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
-    head, *rows = json.loads((tmp_path / "out" / "comparison_tiny.json").read_text())["rows"]
+    (head, *rows), said = compared(tmp_path / "out", runs)
     assert (head["level"], head["steps_before"]) == (None, [6])
     assert not {"level", "secondary"} & {row["what"] for row in rows}
-    said = (tmp_path / "out" / "comparison_tiny.md").read_text()
     assert "**a stage that goes on from other runs, which are what levels are about**" in said
     assert "## Level" not in said
 
@@ -44,14 +38,10 @@ def test_gates_of_the_compared_arms_alone_stand_in_the_report(tmp_path):
     gates = [{**gate, "arm": arm, "recipe": recipe(load_config([f"attention={arm}"])), "passed": arm != "window"}
              for arm in ("full", "nsa", "window")]  # fmt: skip
     (tmp_path / "gates.json").write_text(json.dumps({"schema": "nsa-train/gates/1", "rows": gates}))
-    words = ["--gates", str(tmp_path / "gates.json"), "--out", str(tmp_path / "out")]
-    assert main(["compare", *map(str, runs), *words]) == 0
-    head, *rows = json.loads((tmp_path / "out" / "comparison_tiny.json").read_text())["rows"]
+    (head, *rows), said = compared(tmp_path / "out", runs, "--gates", tmp_path / "gates.json")
     assert head["level"] is not None
     assert [row["arm"] for row in rows if row["what"] == "gate"] == ["full", "nsa"]
-    assert (
-        "| `nsa` | future | yes | 0 | 0 | CPU | aaaaaaaaaaaa |" in (tmp_path / "out" / "comparison_tiny.md").read_text()
-    )
+    assert "| `nsa` | future | yes | 0 | 0 | CPU | aaaaaaaaaaaa |" in said
 
 
 def test_seeds_that_were_asked_and_leads_between_far_validations_are_told(tmp_path):
@@ -63,10 +53,8 @@ def test_seeds_that_were_asked_and_leads_between_far_validations_are_told(tmp_pa
     asked = [{"what": "summary", "task": "heldout", "length": 512, "loss": 5.0, "settings": {"corpus_hash": "c" * 64}}]
     (runs[1] / "eval").mkdir()
     (runs[1] / "eval" / "heldout.json").write_text(json.dumps({"rows": asked}))
-    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
-    report = (tmp_path / "out" / "comparison_tiny.md").read_text()
+    rows, report = compared(tmp_path / "out", runs)
     assert "Seeds that were asked: `nsa` 0." in report
-    leads = [row["difference"] for row in json.loads((tmp_path / "out" / "comparison_tiny.json").read_text())["rows"]
-             if row["what"] == "lead"]  # fmt: skip
+    leads = [row["difference"] for row in rows if row["what"] == "lead"]
     assert [one[:4] for one in leads] == [[None] * 4] * 2
     assert "| nsa - full | 1 | - | - | - | - | " in report

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from folders import make_run
+from folders import compared, make_run
 
 from nsa_train.cli import main
 from nsa_train.compare.runs import Run
@@ -34,18 +34,13 @@ def refused(path, run):
     return True
 
 
-def compared(out, runs, *words):
-    assert main(["compare", *map(str, runs), *map(str, words), "--out", str(out)]) == 0
-    rows = json.loads((out / "comparison_tiny.json").read_text())["rows"]
-    return {row["name"]: row for row in rows if row["what"] == "run"}, rows, (out / "comparison_tiny.md").read_text()
-
-
 def test_seconds_of_shared_runs_are_by_the_speed_alone(tmp_path):
     shared = [make_run(tmp_path, arm, seed, manifest=SHARED) for arm in ("full", "nsa") for seed in (0, 1)]
     alone = [make_run(tmp_path, arm, 2, manifest={"device": "NVIDIA H200"}) for arm in ("full", "nsa")]
     fastest = {"tokens_per_s": 200.0, "overrides": ["trainer.cuda_graphs=true"], "cuda_graphs": True}
     file = speeds(tmp_path, {}, fastest, {"attention": "full_gated"})
-    runs, rows, said = compared(tmp_path / "out", [*shared, *alone], "--speeds", file)
+    rows, said = compared(tmp_path / "out", [*shared, *alone], "--speeds", file)
+    runs = {row["name"]: row for row in rows if row["what"] == "run"}
     assert runs["nsa-0"]["seconds"] == runs["nsa-1"]["seconds"] == TOKENS / 200
     assert [point["seconds"] for point in runs["nsa-0"]["val"]] == [0, TOKENS / 400, TOKENS / 200]
     own = runs["nsa-2"]["alone_tokens_per_s"]
