@@ -84,6 +84,22 @@ def with_earlier(
         raise NsaTrainError(f"{path}: no earlier results ({error!r}); delete or move it") from error
 
 
+def read_result(path: Path, kind: str, option: str, maker: str) -> dict[str, Any]:
+    """What `write_result` wrote there, its rows a list; `maker` is the command that does.
+
+    Raises NsaTrainError, naming the option, where the file cannot be read or is of another kind.
+    """
+    try:
+        found = json.loads(path.read_text())
+        if found["schema"] != (wanted := f"nsa-train/{kind}/1"):
+            raise ValueError(f"its schema is {found['schema']}, not {wanted}")
+        return {**found, "rows": list(found["rows"])}
+    except OSError as error:
+        raise NsaTrainError(f"{option} {path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise NsaTrainError(f"{option} {path}: no result of {maker} ({error!r})") from error
+
+
 def make_folder(folder: Path) -> None:
     """Raises NsaTrainError where `folder` is a file."""
     try:

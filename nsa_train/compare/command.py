@@ -118,12 +118,7 @@ def read_gates(paths: Sequence[Path], configs: Sequence[Config]) -> list[dict[st
 
 
 def _gates(path: Path, experiment: str) -> list[dict[str, Any]]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise NsaTrainError(f"--gates {path}: cannot be read ({error})") from error
-    if not isinstance(found, dict) or found.get("schema") != "nsa-train/gates/1":
-        raise NsaTrainError(f"--gates {path}: no result of `nsa-train compare gates`")
-    if others := {row["experiment"] for row in found["rows"]} - {experiment}:
+    rows = results.read_result(path, "gates", "--gates", "`nsa-train compare gates`")["rows"]
+    if others := {row["experiment"] for row in rows} - {experiment}:
         raise NsaTrainError(f"--gates {path}: of {', '.join(sorted(others))}, but the runs are of {experiment}")
-    return found["rows"]
+    return rows

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nsa_train.bench import results
 from nsa_train.compare import kept
 from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
@@ -38,10 +38,10 @@ class Rates:
     def read(path: Path) -> Rates:
         """Raises NsaTrainError where there is none."""
         try:
-            rows = json.loads(path.read_text())["rows"]
+            rows = results.read_result(path, "sweep", "--rates", "a sweep of scripts/compare_arms.py")["rows"]
             return Rates(path, {row["arm"]: {"losses": {}, **row, "lr": float(row["lr"])} for row in rows})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise NsaTrainError(f"--rates {path}: no result of a sweep ({error})") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise NsaTrainError(f"--rates {path}: rows without arm and rate ({error!r}); sweep again") from error
 
     def swept(self, arm: str) -> str:
         """The arm whose rate this one takes: itself where it was swept, or the one that it ablates."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nsa_train.bench import results
 from nsa_train.bench.training import settings_of
 from nsa_train.compare import kept
 from nsa_train.compare.runs import Run
@@ -46,7 +46,7 @@ class Speeds:
     """What a file of the benchmark found on one kind of device."""
 
     path: Path
-    device: str
+    device: str | None
     found: tuple[Speed, ...]
 
     @staticmethod
@@ -55,20 +55,14 @@ class Speeds:
 
         Rows that failed, or were written before a key of today, are left out.
         """
-        try:
-            result = json.loads(path.read_text())
-            if result["schema"] != "nsa-train/training/1":
-                raise ValueError(f"its schema is {result['schema']}")
-            device, rows = result["device"]["name"], list(result["rows"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise NsaTrainError(f"--speeds {path}: no result of `nsa-train bench training` ({error!r})") from error
+        result = results.read_result(path, "training", "--speeds", "`nsa-train bench training`")
         found = []
-        for row in rows:
+        for row in result["rows"]:
             try:
                 found.append(Speed.of_row(row))
             except (KeyError, ConfigError):
                 continue
-        speeds = Speeds(path, device, tuple(found))
+        speeds = Speeds(path, result.get("device", {}).get("name"), tuple(found))
         if not any(map(speeds.of, runs)):
             raise NsaTrainError(
                 f"--speeds {path}: has the speed of none of these runs that shared a device: no row of their "

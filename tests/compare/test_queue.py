@@ -12,6 +12,7 @@ import pytest
 from folders import make_run
 from helpers import load_script
 
+from nsa_train.bench.results import write_result
 from nsa_train.cli import main
 from nsa_train.compare.runs import Run
 from nsa_train.errors import Interrupted
@@ -145,7 +146,7 @@ def test_an_arm_and_a_seed_that_are_named_twice_are_trained_once(tmp_path):
 
 
 def test_rates_of_a_sweep_must_name_the_arm(tmp_path):
-    (tmp_path / "lr.json").write_text(json.dumps({"rows": [{"arm": "full", "lr": 0.002}]}))
+    write_result("lr", "sweep", [{"arm": "full", "lr": 0.002}], folder=tmp_path)
     words = ["run", "--arms", "full", "nsa", "--rates", tmp_path / "lr.json", "--set", f"runs_dir={tmp_path}"]
     done = start(*words)
     assert done.returncode == 2
@@ -166,7 +167,7 @@ def test_the_rates_of_a_sweep_are_taken_and_those_at_an_edge_refused(tmp_path):
     assert "window: learning rate 0.002 of nsa, for want of a sweep of its own\n" in done.stdout
     assert "3 of 3 runs are finished" in done.stdout
     assert "## Learning rates" in (tmp_path / "out" / "comparison_tiny.md").read_text()
-    (tmp_path / "lr.json").write_text(json.dumps({"rows": [rows[0], {**rows[1], "at_edge": True}]}))
+    write_result("lr", "sweep", [rows[0], {**rows[1], "at_edge": True}], folder=tmp_path)
     done = start(*words)
     assert (done.returncode, done.stdout) == (2, "")
     assert "nsa: the best rate 0.002 lies at the edge; go on with" in done.stderr

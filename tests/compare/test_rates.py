@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from folders import make_run
 
+from nsa_train.bench.results import write_result
 from nsa_train.cli import main
 from nsa_train.compare import kept
 from nsa_train.compare.rates import ABLATES, Rates
@@ -20,9 +21,7 @@ ROW = {"arm": "nsa", "lr": 2e-3, "at_edge": False, "losses": {"0.001": 5.1, "0.0
 
 
 def rates(tmp_path, *rows):
-    path = tmp_path / "lr.json"
-    path.write_text(json.dumps({"rows": [{**ROW, **row} for row in rows]}))
-    return Rates.read(path)
+    return Rates.read(write_result("lr", "sweep", [{**ROW, **row} for row in rows], folder=tmp_path))
 
 
 def refusal(found, arms, words=()):
@@ -58,9 +57,8 @@ def test_a_sweep_may_be_shorter_and_of_another_seed_but_of_no_other_recipe(tmp_p
         ":\n  nsa: optim.clip=1.0 in the sweep, 0.5 now\n  nsa: trainer.batch_rows=4 in the sweep, 8 now"
     )
     assert "nsa: what the sweep set is no configuration of today" in refusal(rates(tmp_path, {"set": ["a=1"]}), ["nsa"])
-    rows = [{"arm": "nsa", "lr": 1e-3}]
-    (tmp_path / "lr.json").write_text(json.dumps({"rows": rows}))
-    assert "nsa: the sweep does not say what it set" in refusal(Rates.read(tmp_path / "lr.json"), ["nsa"])
+    silent = write_result("lr", "sweep", [{"arm": "nsa", "lr": 1e-3}], folder=tmp_path)
+    assert "nsa: the sweep does not say what it set" in refusal(Rates.read(silent), ["nsa"])
 
 
 def test_an_ablation_takes_the_rate_of_what_it_ablates_unless_it_was_swept(tmp_path):
