@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from nsa_train import runtime
 from nsa_train.errors import ConfigError, Interrupted, NsaTrainError, StorageError
@@ -70,7 +70,7 @@ def _show_config(overrides: list[str]) -> int:
     """print the resolved configuration, or everything that is wrong with it"""
     from nsa_train.config.load import to_yaml
 
-    _show(to_yaml(_config(overrides)).rstrip())
+    _show([to_yaml(_config(overrides)).rstrip()])
     return 0
 
 
@@ -79,7 +79,7 @@ def _plan(words: list[str]) -> int:
     from nsa_train.plan.report import Machine, plan
 
     machine, overrides = Machine.parse(words)
-    _show(plan(_config(overrides, on_gpu=lambda: True), machine))
+    _show([plan(_config(overrides, on_gpu=lambda: True), machine)])
     return 0
 
 
@@ -98,8 +98,7 @@ def _data(words: list[str]) -> int:
     from nsa_train.data.inspect import Question, inspect
 
     question, overrides = Question.parse(words[1:])
-    for line in inspect(_config(overrides), question):
-        print(line)
+    _show(inspect(_config(overrides), question))
     return 0
 
 
@@ -111,6 +110,9 @@ def _bench(arguments: list[str]) -> int:
         "attention": attention.main, "layers": layers.main, "moe": moe.main, "training": training.main,
         "memory": memory.main, "data": data.main,
     }  # fmt: skip
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(f"usage: nsa-train bench {{{','.join(benchmarks)}}} [options]\n\n{_bench.__doc__}")
+        return 0
     if not arguments or arguments[0] not in benchmarks:
         raise NsaTrainError(f"bench: name one of {', '.join(benchmarks)}, like `nsa-train bench attention --help`")
     return benchmarks[arguments[0]](arguments[1:])
@@ -145,12 +147,13 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 OWN_OPTIONS = ("bench", "compare")  # commands that are not about one configuration and parse their own arguments
 
 
-def _show(text: str) -> None:
+def _show(lines: Iterable[str]) -> None:
     """Print for a reader who, like `head`, may have seen enough before the end."""
     try:
-        print(text, flush=True)
+        for line in lines:
+            print(line, flush=True)
     except BrokenPipeError:
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
 
 
 def _config(overrides: list[str], on_gpu: Callable[[], bool] = runtime.on_gpu):
@@ -168,11 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        own = name in OWN_OPTIONS
-        sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__, add_help=not own)
-        if own:
-            sub.add_argument("overrides", nargs=argparse.REMAINDER, metavar="...")
-            continue
+        sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
         sub.add_argument(
             "overrides", nargs="*", metavar="key=value",
             help="group=option (attention=full) or key.path=value (trainer.steps=100); `nsa-train config` shows all",
@@ -182,10 +181,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit code. A user's mistake is one message on rank 0, without traceback."""
-    args = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] and words[0] in OWN_OPTIONS:
+        command, overrides = words[0], words[1:]
+    else:
+        args = _parser().parse_args(words)
+        command, overrides = args.command, args.overrides
     runtime.setup_console()
     try:
-        return COMMANDS[args.command](args.overrides)
+        return COMMANDS[command](overrides)
     except NsaTrainError as error:
         code, message = error.exit_code, str(error)
     except OSError as error:

@@ -128,6 +128,18 @@ def setup_console() -> None:
     log.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file so that whoever is killed or reads meanwhile finds the old or the new one. Raises OSError."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_bytes(content)
+    os.replace(aside, path)
+
+
+def readable_as_its_folder(path: Path) -> None:
+    """Give a file the permissions of the user's umask; safetensors writes files that only their owner can read."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def git_commit() -> str | None:
     """Commit of the source tree, with `-dirty` when it has changes; None outside a git checkout."""
     root = Path(__file__).resolve().parents[1]

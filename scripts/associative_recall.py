@@ -83,7 +83,8 @@ def documents(config: Config, task: Task, key: object) -> Documents:
 
 
 class Selected(NamedTuple):
-    """Of every token: whether its fact needs selection, and the chance that blocks drawn at random hold it."""
+    """Of every token: whether its fact is out of reach of a layer's window and forced blocks, of which two layers, one
+    upon the other, reach a few; and the chance that blocks drawn at random hold it."""
 
     needs: Tensor
     chance: Tensor

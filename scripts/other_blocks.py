@@ -3,7 +3,7 @@
 python scripts/other_blocks.py runs/r1-nsa-seed0
 
 own     chosen by the model: by the scores of the compressed branch's keys (eq. 8 to 11)
-random  free blocks drawn at random, as of attention.selection=random
+random  free blocks drawn at random, others in every layer, as of attention.selection=random
 pooled  chosen in the same way, but by the selected branch's own rotated keys, averaged over each compression block
 best    those that hold most of a softmax over all keys of the selected branch, mean of a KV head's query heads
 
@@ -14,9 +14,9 @@ of L tokens. Findings go into <out>/other_blocks.json, a run's in place of its e
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -41,16 +41,18 @@ from nsa_train.ops.reference import (
     select_blocks,
 )
 from nsa_train.ops.statistics import block_mass, full_attention
+from nsa_train.runtime import seed_of
 
 NAME = "other_blocks"
-Choose = Callable[[Tensor, Tensor, NSASpec], Tensor]  # q, k_slc, spec of a document -> blocks [L, Hk, n]
+Choose = Callable[[Tensor, Tensor, NSASpec, int], Tensor]  # q, k_slc of a document, layer -> blocks [L, Hk, n]
 
 
-def drawn(q: Tensor, k: Tensor, spec: NSASpec) -> Tensor:
-    return fixed_blocks(torch.arange(len(q), device=q.device), k.shape[1], spec, torch.tensor(0, device=q.device))
+def drawn(q: Tensor, k: Tensor, spec: NSASpec, layer: int) -> Tensor:
+    draw = torch.tensor(seed_of(0, "blocks", layer) % 2**32, device=q.device)
+    return fixed_blocks(torch.arange(len(q), device=q.device), k.shape[1], spec, draw)
 
 
-def by_pooled_keys(q: Tensor, k: Tensor, spec: NSASpec) -> Tensor:
+def by_pooled_keys(q: Tensor, k: Tensor, spec: NSASpec, layer: int) -> Tensor:
     L, D = len(q), q.shape[-1]
     document = torch.tensor([0, L], dtype=torch.int32)
     pooled = phi_mean(compressed_blocks(k.float(), document, spec, compressed_length(L, spec)))
@@ -58,7 +60,7 @@ def by_pooled_keys(q: Tensor, k: Tensor, spec: NSASpec) -> Tensor:
     return select_blocks(importance(p, L, spec), spec)
 
 
-def best(q: Tensor, k: Tensor, spec: NSASpec) -> Tensor:
+def best(q: Tensor, k: Tensor, spec: NSASpec, layer: int) -> Tensor:
     scores = q.new_zeros(len(q), k.shape[1], -(-len(q) // spec.slc_block), dtype=torch.float32)
     for a, p in full_attention(q, k):
         mass = block_mass(p, spec).transpose(0, 1)
@@ -69,14 +71,16 @@ def best(q: Tensor, k: Tensor, spec: NSASpec) -> Tensor:
 CHOICES: dict[str, Choose | None] = {"own": None, "random": drawn, "pooled": by_pooled_keys, "best": best}
 
 
-def reading(choose: Choose) -> Callable[..., Any]:
-    """The op with blocks of this choice, document by document."""
+def reading(choose: Choose, layers: int) -> Callable[..., Any]:
+    """The op, which layers call in turn, with blocks of this choice, document by document."""
+    turns = itertools.cycle(range(layers))
 
     def op(
         q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor,
         gates: Tensor, spec: NSASpec, cu_seqlens: Tensor, **how: Any,
     ) -> Any:  # fmt: skip
-        parts = [choose(q[a:b], k_slc[a:b], spec) for a, b in pairwise(cu_seqlens.tolist()) if b > a]
+        layer = next(turns)
+        parts = [choose(q[a:b], k_slc[a:b], spec, layer) for a, b in itertools.pairwise(cu_seqlens.tolist()) if b > a]
         how["blocks"] = torch.cat(parts)
         return nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, spec, cu_seqlens, **how)
 
@@ -92,7 +96,7 @@ def rows(run: Path, config: Config, options: Options) -> Iterator[dict[str, Any]
     facts = {"run": str(run), "arm": config.arm, "length": length, "corpus_hash": store.hash}
     spec = spec_of(config.attention)
     for name, choose in CHOICES.items():
-        op = reading(choose) if choose else nsa_attention
+        op = reading(choose, config.model.layers) if choose else nsa_attention
         with mock.patch("nsa_train.model.attention.nsa_attention", op):
             found = losses_in_rows(model, store, documents, length, length, config.trainer)
         late = {

@@ -245,10 +245,20 @@ def _by_seed(rows: list[dict[str, Any]], arm: str, tell: Callable[[dict[str, Any
     return ", ".join(runs.get(seed, "-") for seed in range(max(runs, default=-1) + 1))
 
 
+def faults() -> str:
+    """How many tests turned red for each fault that was planted in a kernel."""
+    lines = ["| file | fault | tests red |", "|---|---|---|"]
+    for row in json.loads((RESULTS / "planted_faults.json").read_text())["rows"]:
+        if (ROOT / "nsa_train" / "ops" / f"{row['file']}.py").exists():
+            red = {test.partition("[")[0] for test in row["red"]}
+            lines.append(f"| `{row['file']}` | {row['fault']} | {len(red)} |")
+    return "\n".join(lines)
+
+
 PAGES = {
     "README.md": {"first_run": first_run, "attention": attention, "comparison": comparison, "answers": answers},
     "docs/design.md": {"copying": copying, "places": places},
-    "docs/kernels.md": {"trained": partial(attention, trained=True)},
+    "docs/kernels.md": {"trained": partial(attention, trained=True), "faults": faults},
     "docs/performance.md": {"memory": memory_plan, "training": training, "layers": layers, "moe": moe},
 }
 

@@ -1,4 +1,4 @@
-"""What several tests need: one comparison of tensors, random packed inputs of the NSA op, and a script as a module."""
+"""What several tests need: a comparison of tensors, random packed inputs of the op, documents, a script as a module."""
 
 import importlib.util
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from nsa_train.data.selection import chosen, select
 from nsa_train.model.layers import fixed_starts
 from nsa_train.ops.nsa import NSASpec, nsa_attention
 from nsa_train.ops.reference import compressed_length
@@ -32,6 +33,11 @@ def assert_close(name, got, want, rms):
         raise AssertionError(
             f"{name}: relative rms {error:.3g} > {rms:.3g}; worst at {worst}: {got[worst]:.6g}, not {want[worst]:.6g}"
         )
+
+
+def documents(data, split):
+    """Documents of one split in a fixed order, after filters and without duplicates."""
+    return (document for place, document in chosen(data, select(data)) if place == split)
 
 
 def load_script(name, monkeypatch):

@@ -17,7 +17,7 @@ from nsa_train.plan.report import plan
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 PINS = dict(
-    line.split("==")
+    line.lower().split("==")
     for line in (ROOT / "constraints.txt").read_text().splitlines()
     if "==" in line[:60] and line[0] != "#"
 )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from nsa_train import runtime
-from nsa_train.config.schema import SAFE_NAME
+from nsa_train.config.rules import SAFE_NAME
 from nsa_train.errors import NsaTrainError
 
 # The folders of an absolute path: of a word, a value, one of a list, or what quotes or a scheme stand before.
@@ -125,5 +125,5 @@ def write_result(
         "rows": rows,
     }
     make_folder(folder)
-    path.write_text(json.dumps(head, indent=1) + "\n")
+    runtime.write_whole(path, (json.dumps(head, indent=1) + "\n").encode())
     return path

@@ -221,7 +221,7 @@ def _only(subject: Subject, branch: str, **fields: Any) -> tuple[Transformer, Tr
     bias = torch.tensor([OPEN if name == branch else SHUT for name in attention.branches])
     with torch.no_grad():
         for layer in arm.layers:
-            layer.attention.gate.bias.copy_(bias.repeat(subject.config.model.heads))  # type: ignore[union-attr, operator]
+            layer.attention.gate.bias.copy_(bias.repeat(subject.config.model.heads))
     return arm, full
 
 

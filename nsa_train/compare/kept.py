@@ -19,13 +19,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import lzma
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nsa_train import runtime
 from nsa_train.config import schema
 from nsa_train.config.load import to_tree
 from nsa_train.errors import RunFolderError, StorageError
@@ -78,11 +78,9 @@ def save_maps(path: Path, figure: Path) -> bool:
 
 def _write(path: Path, content: bytes) -> None:
     """As a whole. Raises StorageError."""
-    aside = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(content)
-        os.replace(aside, path)
+        runtime.write_whole(path, content)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error}); choose another folder") from error
 
@@ -97,8 +95,8 @@ def load(path: Path) -> dict[str, Any]:
         raise RunFolderError(f"{path}: something is missing ({error}); keep the run again") from error
 
 
-# Besides FREE_KEYS, what runs of one recipe may differ in: rounding, and where the corpus lies, whose hash is compared.
-SAME_RESULT = ("trainer.micro_rows", "trainer.activation_checkpointing", "data.corpus")
+# Besides FREE_KEYS, what runs of one recipe may differ in: rounding.
+SAME_RESULT = ("trainer.micro_rows",)
 
 
 def recipe(config: schema.Config) -> dict[str, Any]:

@@ -53,8 +53,8 @@ def config_from_tree(
     config = _build(schema.Config, tree, "", problems)
     if config:
         problems += config.sharing_problems(processes)
-        if config.parallel.zero_stage == 1 and config.trainer.dtype == "auto" and on_gpu and on_gpu():
-            problems.append(schema.AUTO_AT_STAGE_1)
+        if on_gpu and (found := config.gpu_problems()) and on_gpu():
+            problems += found
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"  {line}" for line in problems))
@@ -83,6 +83,7 @@ def options(group: str) -> list[str]:
 
 def _compose(overrides: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
     from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -97,6 +98,9 @@ def _compose(overrides: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
             cfg = compose("config", [_as_hydra(text) for text in overrides], return_hydra_config=True)
         choices = dict(cfg.hydra.runtime.choices)
         OmegaConf.set_struct(cfg, False)
+        values = [text for text in overrides if text.partition("=")[0] not in GROUPS]
+        for override in OverridesParser.create().parse_overrides(values):  # Hydra merges a table into the one there
+            OmegaConf.update(cfg, override.key_or_group, override.value(), merge=False)
         cfg.pop("hydra")
         tree = typing.cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=False))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:  # the last: 5,000 digits

@@ -6,35 +6,19 @@ No field has a default. Values live in the YAML files, and nowhere else. `proble
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from nsa_train.config import deepspeed_keys
+from nsa_train.config.data_schema import DataConfig
+from nsa_train.config.rules import SAFE_NAME, mixture_problems, negative, not_positive
 
 Branch = Literal["cmp", "slc", "win", "full"]
 LayerPart = Literal["attention", "mlp"]
 BRANCH_LISTS = (("full",), ("win",), ("cmp", "slc", "win"), ("cmp", "win"), ("cmp", "slc"))
 YEAR_S = 365 * 86400
-SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-def _not_positive(section: object, *keys: str) -> list[str]:
-    return [f"{key}={x} must be positive" for key in keys if (x := getattr(section, key)) is not None and x <= 0]
-
-
-def _negative(section: object, *keys: str) -> list[str]:
-    return [f"{key}={getattr(section, key)} must not be negative" for key in keys if getattr(section, key) < 0]
-
-
-def _mixture_problems(mixture: dict[str, float]) -> list[str]:
-    found = [f"mixture.{name}={weight} must not be negative" for name, weight in mixture.items() if not weight >= 0]
-    if mixture and not any(weight > 0 for weight in mixture.values()):
-        found.append("mixture gives every source the weight 0; give one more")
-    return found
-
-
+GROUPED_ALIGN = 8  # elements: 16 bytes of bf16
 BF16_AT_STAGE_1 = "parallel.zero_stage=1 sums bf16 gradients in bf16; use parallel.zero_stage=2"
 AUTO_AT_STAGE_1 = f"trainer.dtype=auto is bf16 on a GPU, and {BF16_AT_STAGE_1}"
 
@@ -62,8 +46,8 @@ class ModelConfig:
     embedding_std: float  # of embeddings that are not tied to the head
 
     def problems(self) -> list[str]:
-        found = _not_positive(self, "vocab", "layers", "width", "heads", "kv_heads", "key_dim", "value_dim", "norm_eps")
-        found += _not_positive(self, "max_seq_len", "rope_theta", "rope_trained_len", "init_std", "embedding_std")
+        found = not_positive(self, "vocab", "layers", "width", "heads", "kv_heads", "key_dim", "value_dim", "norm_eps")
+        found += not_positive(self, "max_seq_len", "rope_theta", "rope_trained_len", "init_std", "embedding_std")
         if self.kv_heads > 0 and self.heads % self.kv_heads:
             found.append(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
         if self.key_dim % 2:
@@ -97,7 +81,7 @@ class AttentionConfig:
 
     def problems(self) -> list[str]:
         sizes = ("cmp_block", "cmp_stride", "slc_block", "slc_count", "slc_local", "window")
-        found = _not_positive(self, *sizes) + _negative(self, "slc_init")
+        found = not_positive(self, *sizes) + negative(self, "slc_init")
         if self.branches not in BRANCH_LISTS:
             choices = " or ".join("[" + ",".join(names) + "]" for names in BRANCH_LISTS)
             found.append(f"branches=[{','.join(self.branches)}] is not trainable; use {choices}")
@@ -127,99 +111,11 @@ class MoEConfig:
     aux_weight: float  # weight of the balance loss per document; 0 switches it off
 
     def problems(self) -> list[str]:
-        found = _not_positive(self, "experts", "top_k", "expert_width", "routed_scale")
-        found += _negative(self, "shared", "bias_rate", "aux_weight")
+        found = not_positive(self, "experts", "top_k", "expert_width", "routed_scale")
+        found += negative(self, "shared", "bias_rate", "aux_weight")
         if self.top_k > self.experts:
             found.append(f"top_k={self.top_k} must lie between 1 and experts={self.experts}")
         return found
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    """One origin of documents."""
-
-    kind: Literal["stdlib", "files", "tree", "tar", "hub", "recall"]
-    root: str  # folder under which `paths` and `heldout_paths` lie
-    paths: tuple[str, ...]  # files: files or folders; tree: folders; tar: archives; hub: names of data sets
-    heldout_paths: tuple[str, ...]  # empty: a share of the documents is held out
-    heldout_share: float  # of the documents, chosen by a hash of their text
-    licence: str | None  # of documents that do not name theirs
-    text_field: str  # of a record in a jsonl, parquet or Arrow file or a data set
-    language_field: str  # of a record
-    languages: tuple[str, ...]  # what `language_field` must say; empty: anything
-    min_chars: int  # of a document; shorter ones are left out
-    max_chars: int | None  # longer ones are left out; null: no limit
-    include: tuple[str, ...]  # tree, tar: patterns of paths that count, such as *.py; empty: every file of text
-    exclude: tuple[str, ...]  # tree, tar: patterns of paths that do not
-    depth: int | None  # tree, tar: folders so many levels deep become one document each; null: every folder by itself
-    subset: str | None  # hub: part of the data set: its name, or, with a slash, its folder
-    hub_split: str  # hub: split of the data set
-    revision: str | None  # hub: commit or tag; null: what is newest when it is read
-    take: int | None  # hub: the first so many records; null: all; recall: so many documents
-    haystack: tuple[str, ...]  # recall: names of data.sources in whose training text facts are hidden
-
-    def problems(self) -> list[str]:
-        sizes = {key: getattr(self, key) for key in ("min_chars", "max_chars", "depth")}
-        found = [f"{key}={size} must not be negative" for key, size in sizes.items() if size is not None and size < 0]
-        if self.kind != "stdlib" and not self.paths:
-            found.append("paths is empty; name files or folders under data.root, like data.paths=[books.jsonl.zst]")
-        if not self.heldout_paths and not 0 < self.heldout_share < 1:
-            found.append(f"heldout_share={self.heldout_share} must lie between 0 and 1")
-        if self.languages and self.kind not in ("files", "hub"):
-            found.append(f"languages={list(self.languages)} needs records, which kind={self.kind} has not")
-        if self.kind == "recall" and (self.take is None or self.max_chars is None or self.min_chars < 1):
-            found.append("kind=recall needs take (documents), min_chars and max_chars: it makes documents so long")
-        if self.take is not None and self.take <= 0:
-            found.append(f"take={self.take} must be positive, or null for all")
-        root, real, hub = Path(self.root), Path(self.root).resolve(), self.kind == "hub"  # as spelt, and behind links
-        for path in (*self.paths, *self.heldout_paths):
-            if not ((root / path).is_relative_to(root) and (hub or (root / path).resolve().is_relative_to(real))):
-                found += [f"paths: {path} leaves data.root={self.root}; name it from there, or set data.root above it"]
-        return found
-
-
-@dataclass(frozen=True)
-class DataConfig(SourceConfig):
-    """Where text comes from and how it becomes packed rows.
-
-    The keys of a source describe the only one, or, where `sources` names several, what these have in common.
-    """
-
-    name: str  # what the prepared corpus is called
-    sources: dict[str, SourceConfig]  # name -> keys that differ from those beside it; empty: one source
-    on_error: Literal["stop", "skip"]  # at a record or file that cannot be read: end, or go on and count
-    near_duplicates: float | None  # leave out documents at least so alike, 0 to 1; null: exact duplicates only
-    workers: int  # processes that tokenise; 0: one per core
-    corpus: str | None  # a prepared corpus, in place of the sources; null: prepared from them
-    prepared_dir: str  # tokenised corpora and their tokenizers
-    tokenizer: str | None  # a SentencePiece .model, a tokenizer.json or its folder; null: trained on the corpus
-    tokenizer_kind: Literal["bpe", "unigram"]
-    tokenizer_sample_mb: int  # text that the tokenizer is trained on
-    packing: Literal["best_fit", "concat", "long"]  # how documents share rows
-    max_documents: int  # in a packed row of 8192 tokens; in proportion in longer ones
-    align: int  # documents are padded at their end to a multiple of this; 1: not at all
-    long_copies: int  # packing=long: how often an epoch holds a document that is longer than a row
-    mixture: dict[str, float]  # source, or pattern of sources -> share of the tokens; empty: as the corpus has them
-
-    def problems(self) -> list[str]:
-        found = _not_positive(self, "tokenizer_sample_mb", "max_documents", "align", "long_copies")
-        found += _mixture_problems(self.mixture)
-        names = [("name", self.name), *(("sources", name) for name in self.sources)]
-        found += [
-            f"{key}={name!r} may hold letters, digits and . _ - only, 100 at most"
-            for key, name in names
-            if not SAFE_NAME.fullmatch(name)
-        ]
-        if self.workers < 0:
-            found.append(f"workers={self.workers} must not be negative; 0 is one per core")
-        if self.near_duplicates is not None and not 0 < self.near_duplicates < 1:
-            found.append(f"near_duplicates={self.near_duplicates} must lie between 0 and 1")
-        return found if self.sources else found + super().problems()
-
-    @property
-    def named_sources(self) -> dict[str, SourceConfig]:
-        """`sources`, or this section itself as the only one."""
-        return self.sources or {self.name: self}
 
 
 @dataclass(frozen=True)
@@ -236,7 +132,7 @@ class OptimConfig:
     def problems(self) -> list[str]:
         betas = {key: getattr(self, key) for key in ("beta1", "beta2")}
         bad = [f"{key}={beta} must lie in [0, 1)" for key, beta in betas.items() if not 0 <= beta < 1]
-        return _not_positive(self, "lr", "eps") + bad + _negative(self, "weight_decay", "clip")
+        return not_positive(self, "lr", "eps") + bad + negative(self, "weight_decay", "clip")
 
 
 @dataclass(frozen=True)
@@ -246,7 +142,7 @@ class ScheduleConfig:
     kind: Literal["cosine", "wsd"]
     warmup_share: float  # of all steps
     decay_share: float  # wsd: of the steps behind the warm-up, spent in the final decay
-    final_share: float  # last learning rate as a share of the peak
+    final_share: float  # of the peak: what the rate has fallen to when all steps are done
 
     def problems(self) -> list[str]:
         found = []
@@ -272,7 +168,7 @@ class ParallelConfig:
     deepspeed: dict[str, Any]  # DeepSpeed's own keys beside ours
 
     def problems(self) -> list[str]:
-        found = _not_positive(self, "timeout_s", "hang_s")
+        found = not_positive(self, "timeout_s", "hang_s")
         if self.timeout_s > YEAR_S:
             found.append(f"timeout_s={self.timeout_s} must be at most {YEAR_S}, a year")
         if self.hang_s >= self.timeout_s:
@@ -314,12 +210,14 @@ class TrainerConfig:
     export: bool  # write export/ (Hugging Face safetensors) at the end
 
     def problems(self) -> list[str]:
-        found = _not_positive(
+        found = not_positive(
             self, "steps", "seq_len", "batch_rows", "micro_rows", "loss_chunk_tokens", "log_every", "val_every",
             "val_rows", "heldout_rows", "keep_checkpoints", "max_bad_steps",
         )  # fmt: skip
         if self.checkpoint_every < 0:
-            found.append(f"checkpoint_every={self.checkpoint_every} must not be negative; 0 writes none")
+            found.append(
+                f"checkpoint_every={self.checkpoint_every} must not be negative; 0 writes one only at a signal"
+            )
         if self.spike_sigmas < 0:
             found.append(f"spike_sigmas={self.spike_sigmas} must not be negative; 0 switches it off")
         if self.spike_window < 2:
@@ -344,7 +242,7 @@ class StageConfig:
     rope_factor: float  # YaRN: seq_len over model.rope_trained_len, or 1
 
     def problems(self) -> list[str]:
-        found = _mixture_problems(self.mixture) + _not_positive(self, "tokens")
+        found = mixture_problems(self.mixture) + not_positive(self, "tokens")
         if self.seq_len < 2:
             found.append(f"seq_len={self.seq_len} leaves nothing to predict; use at least 2")
         if not self.rope_factor >= 1:
@@ -395,7 +293,7 @@ class ProfileConfig:
     skip: int  # steps before them, and one more to warm the profiler up
 
     def problems(self) -> list[str]:
-        return _negative(self, "steps", "skip")
+        return negative(self, "steps", "skip")
 
     @property
     def until_written(self) -> int:
@@ -426,7 +324,7 @@ class Config:
     profile: ProfileConfig
 
     def problems(self) -> list[str]:
-        found = _negative(self, "seed")
+        found = negative(self, "seed")
         if not SAFE_NAME.fullmatch(self.name):
             found.append(f"name={self.name!r} may hold letters, digits and . _ - only, 100 at most")
         rows = {f"stages.parts.{name}": part.seq_len for name, part in self.stages.parts.items()}
@@ -447,6 +345,18 @@ class Config:
             found.append(BF16_AT_STAGE_1)
         if (needed := self.profile.until_written) > self.trainer.steps:
             found.append(f"trainer.steps={self.trainer.steps} are too few; use {needed} or a lower profile.skip")
+        return found
+
+    def gpu_problems(self) -> list[str]:
+        """What is wrong on a GPU only."""
+        found, bf16 = [], self.trainer.dtype in ("auto", "bf16")
+        if self.parallel.zero_stage == 1 and self.trainer.dtype == "auto":
+            found.append(AUTO_AT_STAGE_1)
+        if bf16 and self.moe.expert_width % GROUPED_ALIGN and self.model.layers > self.model.dense_layers:
+            found.append(
+                f"moe.expert_width={self.moe.expert_width} is not a multiple of {GROUPED_ALIGN}, which grouped matrix "
+                "products in bf16 need on a GPU; change it, or use trainer.dtype=fp32"
+            )
         return found
 
     def _against_graphs(self) -> list[str]:
@@ -477,12 +387,18 @@ class Config:
                     f"stages.parts.{name}.seq_len={part.seq_len} does not divide a step's {step_tokens} tokens "
                     "(trainer.batch_rows x trainer.seq_len)"
                 )
-            if before >= self.trainer.steps * step_tokens > 0:
+            if step_tokens > 0 and -(-before // step_tokens) >= self.trainer.steps:
                 found.append(
                     f"stages.parts.{name} is never reached: the stages before it read {before} tokens, the run "
                     f"{self.trainer.steps * step_tokens}; raise trainer.steps"
                 )
-            before += part.tokens or 0
+            after = before + (part.tokens or 0)
+            if part.tokens and step_tokens > 0 and -(-before // step_tokens) == -(-after // step_tokens):
+                found.append(
+                    f"stages.parts.{name}.tokens={part.tokens} are none of the run's steps: the stages before it end "
+                    f"inside a step of {step_tokens} tokens, which is whole; use that many at least"
+                )
+            before = after
         return found
 
     def sharing_problems(self, processes: int) -> list[str]:

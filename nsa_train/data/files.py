@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nsa_train.config.schema import SourceConfig
+from nsa_train.config.data_schema import SourceConfig
 from nsa_train.data.ledger import Ledger
 from nsa_train.data.streams import file_chunks, lines
 from nsa_train.errors import DataError

@@ -63,7 +63,7 @@ def inspect(config: Config, question: Question) -> Iterator[str]:
     yield from _duplicates(train, heldout)
     yield from _packing(loader, question.step)
     yield from _mixture(loader, train, question.step)
-    yield from _step(rows, train, question.step)
+    yield from _step(rows, question.step)
     yield from _row(rows[question.row - 1], train, Tokenizer.load(train.tokenizer), question)
 
 
@@ -150,7 +150,7 @@ def _mixture(loader: Loader, store: TokenStore, step: int) -> Iterator[str]:
         yield f"  and {len(names) - MOST_SOURCES} smaller ones"
 
 
-def _step(rows: list[Row], store: TokenStore, step: int) -> Iterator[str]:
+def _step(rows: list[Row], step: int) -> Iterator[str]:
     yield ""
     yield f"step {step}: documents by row (number:first token-last token of the document)"
     for number, row in enumerate(rows, start=1):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from nsa_train import runtime
-from nsa_train.config.schema import DataConfig
+from nsa_train.config.data_schema import DataConfig
 from nsa_train.data.mixture import EVERYTHING, Mixture, Stream, groups_of
 from nsa_train.data.pack import PACKING_KEYS, Plan, Stretches, aligned, documents_in_row, make_plan
 from nsa_train.data.stages import Stage, largest_divisor
@@ -224,10 +224,6 @@ class Loader:
     def document_sources(self) -> np.ndarray:
         """Index into the manifest's sources of each document of the split, int32 [documents]."""
         return self._store.sources
-
-    @property
-    def corpus_hash(self) -> str:
-        return self._store.hash
 
     def state(self, step: int, steps: int) -> dict[str, Any]:
         """What a checkpoint keeps after `step` of `steps` steps. Only the step is needed to go on; the rest says what

@@ -87,11 +87,6 @@ class Plan:
         return int(aligned(self.length, self.align).sum(dtype=np.int64)) / max(self.rows * self.seq_len, 1)
 
     @cached_property
-    def row_tokens(self) -> np.ndarray:
-        """Tokens of each row, int64 [R]."""
-        return self._sum_of_rows(self.length.astype(np.int64))
-
-    @cached_property
     def row_cost(self) -> np.ndarray:
         """Sum of the squared lengths of a row's pieces, int64 [R].
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from nsa_train import runtime
-from nsa_train.config.schema import DataConfig
+from nsa_train.config.data_schema import DataConfig
 from nsa_train.data import shards
 from nsa_train.data.pack import PACKING_KEYS
 from nsa_train.data.progress import Meter

@@ -22,7 +22,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from nsa_train import runtime
-from nsa_train.config.schema import SourceConfig
+from nsa_train.config.data_schema import SourceConfig
 from nsa_train.data.files import Document
 from nsa_train.errors import DataError
 

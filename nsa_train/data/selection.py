@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nsa_train.config.schema import DataConfig
+from nsa_train.config.data_schema import DataConfig
 from nsa_train.data.files import Document
 from nsa_train.data.heldout import hash_of, held_out
 from nsa_train.data.ledger import Ledger
@@ -144,11 +144,6 @@ def _read_again(data: DataConfig) -> Iterator[Candidate]:
         yield from candidates(data, Ledger(data.on_error))
     except DataError as error:
         raise ReadFailed(str(error)) from error
-
-
-def documents(data: DataConfig, split: Split) -> Iterator[Document]:
-    """Documents of one split in a fixed order, after filters and without duplicates. Reads the inputs twice."""
-    return (document for place, document in chosen(data, select(data)) if place == split)
 
 
 def _heldout(data: DataConfig, c: dict[str, np.ndarray]) -> np.ndarray:

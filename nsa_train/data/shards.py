@@ -104,8 +104,8 @@ def tokenise(
         settle(0)
     except BrokenProcessPool as error:
         raise Interrupted(
-            "a tokenising process was killed, perhaps for its memory; the same command goes on where it stopped, and "
-            "data.workers=1 needs least memory"
+            "a tokenising process was killed, perhaps for its memory, or could not start; the same command goes on "
+            "where it stopped, and data.workers=1 needs least memory and no other process"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

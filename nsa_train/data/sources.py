@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nsa_train.config.schema import DataConfig, SourceConfig
+from nsa_train.config.data_schema import DataConfig, SourceConfig
 from nsa_train.data.files import Document, file_documents, input_files, record_document
 from nsa_train.data.heldout import hash_of, held_out
 from nsa_train.data.ledger import Ledger

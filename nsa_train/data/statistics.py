@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nsa_train.config.schema import DataConfig
+from nsa_train.config.data_schema import DataConfig
 from nsa_train.data.pack import Stretches, documents_in_row, make_plan
 
 PAST_TOKENS = (1024, 2048, 8192, 32768)

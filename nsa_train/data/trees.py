@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 from typing import IO, Self
 
-from nsa_train.config.schema import SourceConfig
+from nsa_train.config.data_schema import SourceConfig
 from nsa_train.data.files import Document
 from nsa_train.data.ledger import Ledger
 from nsa_train.data.streams import DECOMPRESSORS, Stream, deb_payload, decompressed, file_chunks

@@ -25,6 +25,7 @@ class Answer:
     loss       nats per token of the answer
     zone       as in `Asked.zone`
     selected   share of the facts held by the blocks that the question reads, mean over layers and KV heads; None: none
+    document   number of the document that asks, which may ask more
     """
 
     right: bool
@@ -32,6 +33,7 @@ class Answer:
     zone: str | None
     selected: float | None
     depth: int
+    document: int
 
 
 @torch.no_grad()
@@ -39,7 +41,7 @@ def answers(
     model: Transformer, documents: Iterable[Document], attention: AttentionConfig, batch_tokens: int
 ) -> Iterator[Answer]:
     """One for each question, in order; documents are packed into batches of at most so many tokens, one at least."""
-    device = model.embed.weight.device
+    device, number = model.embed.weight.device, 0
     for group in _grouped(documents, batch_tokens):
         packing = Packing.from_lengths([len(document.tokens) for document in group]).to(device)
         tokens = torch.cat([torch.from_numpy(document.tokens) for document in group]).to(device)
@@ -59,9 +61,9 @@ def answers(
                 chosen = torch.stack([blocks[query] for blocks in kept]) if kept else None
                 yield Answer(
                     bool(hits.all()), float(nats.mean()), asked.zone(attention), _selected(chosen, asked, attention),
-                    asked.depth,
+                    asked.depth, number,
                 )  # fmt: skip
-            first += len(document.tokens)
+            first, number = first + len(document.tokens), number + 1
 
 
 def _grouped(documents: Iterable[Document], batch_tokens: int) -> Iterator[list[Document]]:
@@ -105,15 +107,17 @@ def summary(found: Sequence[Answer], length: int) -> dict[str, Any]:
 
 
 def _scores(found: Sequence[Answer]) -> dict[str, Any]:
-    low, high = wilson(sum(answer.right for answer in found), len(found))
+    """The interval counts documents, as if all questions of one were answered alike: it is never too narrow."""
+    share, documents = mean(answer.right for answer in found), len({answer.document for answer in found})
+    low, high = wilson(share * documents, documents)
     selected = [answer.selected for answer in found if answer.selected is not None]
     return {
-        "samples": len(found), "accuracy": mean(answer.right for answer in found), "low": low, "high": high,
+        "samples": len(found), "accuracy": share, "low": low, "high": high,
         "loss": mean(answer.loss for answer in found), "selection_recall": mean(selected) if selected else None,
     }  # fmt: skip
 
 
-def wilson(right: int, samples: int) -> tuple[float, float]:
+def wilson(right: float, samples: int) -> tuple[float, float]:
     """95% interval of a share (Wilson's score interval)."""
     share, square = right / samples, Z_95**2 / samples
     centre, half = share + square / 2, Z_95 * math.sqrt(share * (1 - share) / samples + square / (4 * samples))

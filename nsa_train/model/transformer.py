@@ -126,13 +126,13 @@ class Transformer(nn.Module):
     def draw_blocks(self, seed: int) -> None:
         """Where `attention.selection` is random, draw which free blocks queries read: others in every layer."""
         for number, layer in enumerate(self.layers):
-            if layer.attention.draw is not None:  # type: ignore[union-attr]
-                layer.attention.draw.fill_(seed_of(seed, "blocks", number) % 2**32)  # type: ignore[union-attr]
+            if layer.attention.draw is not None:
+                layer.attention.draw.fill_(seed_of(seed, "blocks", number) % 2**32)
 
     def recompute_activations(self, parts: Collection[LayerPart]) -> None:
         """In training, have the backward pass compute these parts of every layer again instead of keeping them."""
         for layer in self.layers:
-            layer.recomputed = parts  # type: ignore[assignment]
+            layer.recomputed = parts
 
     def compile_attention(self) -> None:
         """Compile each layer's attention: norms, projections, positions and gates around the op fuse."""
@@ -159,7 +159,7 @@ class Transformer(nn.Module):
         There is one watcher at a time.
         """
         for number, layer in enumerate(self.layers):
-            layer.attention.watcher = watcher and partial(watcher, number)  # type: ignore[union-attr, assignment]
+            layer.attention.watcher = watcher and partial(watcher, number)
 
     def hidden(
         self, tokens: Tensor, packing: Packing, probes: list[Probe] | None = None
@@ -171,7 +171,7 @@ class Transformer(nn.Module):
         angles = rope_angles(
             packing.positions, config.key_dim, config.rope_theta, self.rope_factor, config.rope_trained_len
         )
-        layout = self.layers[0].attention.layout(packing, angles)  # type: ignore[operator, union-attr]
+        layout = self.layers[0].attention.layout(packing, angles)
         balance, loads = x.new_zeros((), dtype=torch.float32), []
         for layer in self.layers:
             if probes is not None:
@@ -199,7 +199,7 @@ class Transformer(nn.Module):
         return Output(losses, balance, load)
 
     def routers(self) -> list[Router]:
-        return [layer.mlp.router for layer in self.layers if isinstance(layer.mlp, MoE)]  # type: ignore[misc, union-attr]
+        return [layer.mlp.router for layer in self.layers if isinstance(layer.mlp, MoE)]
 
     def balance_experts(self, load: Tensor) -> None:
         """One step of loss-free balancing; load [MoE layers, E] of the whole global step."""

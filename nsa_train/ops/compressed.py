@@ -24,7 +24,7 @@ from torch import Tensor
 from nsa_train.ops.documents import TOKEN_TILE, Documents
 from nsa_train.ops.reference import NSASpec
 from nsa_train.ops.rows import head_sizes, load_rows, store_rows, token_piece
-from nsa_train.ops.tiles import LOG2E, power_of_two
+from nsa_train.ops.tiles import LOG2E, WIDEST, power_of_two
 
 SUM_ROWS = 8  # keys that a program of the last sum owns
 CHUNKS = 32  # chunks of queries at most; partial sums take CHUNKS * C * Hk * (D + Dv) * 4 bytes (0.67 GB at T = 64k)
@@ -214,7 +214,9 @@ def _dkv_step(
     row = tl.arange(0, TOKENS * HEADS)
     token, head = position + row // HEADS, row % HEADS
     ok = (token < end) & (head < G)
-    head = token * (Hk * G) + head
+    first = (tl.full([], 0, tl.int64) + position) * (Hk * G)  # of a long document: offsets from here on are small
+    head = row // HEADS * (Hk * G) + head
+    q, do, lse, delta = q + first * D, do + first * DV, lse + first, delta + first
     q1 = load_rows(q, head * D, ok, 0, D1, D)
     q2 = load_rows(q, head * D, ok, D1, D2, D) if D2 > 0 else q1
     s = tl.dot(k1, q1.T, input_precision="ieee")
@@ -334,11 +336,10 @@ class Tiles(NamedTuple):
 
 HALF = Tiles(128, 64, 32, 128, 8, 2)
 FLOAT = Tiles(64, 32, 32, 64, 4, 1)  # float32, or heads too wide for the shared memory of HALF
-WIDEST_HALF = 384  # D + Dv
 
 
 def tiles_for(q: Tensor, v: Tensor) -> Tiles:
-    return HALF if q.dtype.itemsize == 2 and q.shape[2] + v.shape[2] <= WIDEST_HALF else FLOAT
+    return HALF if q.dtype.itemsize == 2 and q.shape[2] + v.shape[2] <= WIDEST else FLOAT
 
 
 def query_chunk(T: int) -> int:

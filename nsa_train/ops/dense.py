@@ -115,12 +115,12 @@ class _ToRows(torch.autograd.Function):
     """[T, H, D] -> [R, H, D], zeros in the padding."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, at: Places) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, at: Places) -> Tensor:
         ctx.at = at
         return _spread(x, at)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         return grad[ctx.at.row], None
 
 
@@ -128,12 +128,12 @@ class _ToTokens(torch.autograd.Function):
     """[R, H, D] -> [T, H, D]"""
 
     @staticmethod
-    def forward(ctx, x: Tensor, at: Places) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, at: Places) -> Tensor:
         ctx.at = at
         return x[at.row]
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         return _spread(grad, ctx.at), None
 
 

@@ -34,12 +34,12 @@ def spread_rows(x: Tensor, places: Tensor) -> Tensor:
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
         return experts_triton.swiglu(gate_up)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> Tensor:
         return experts_triton.swiglu_backward(ctx.saved_tensors[0], grad.contiguous())
 
 
@@ -106,7 +106,7 @@ class _RoutedExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, order: Tensor, places: Tensor, ends: Tensor
     ) -> Tensor:
         product = grouped_matmul(spread_rows(x.contiguous(), places), gate_up, ends)
@@ -114,7 +114,7 @@ class _RoutedExperts(torch.autograd.Function):
         return sum_rows(grouped_matmul(swiglu(product), down, ends), places, weights)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         x, weights, gate_up, down, product, order, places, ends = ctx.saved_tensors
         rows = spread_rows(grad.contiguous(), places)
         d_h = grouped_matmul(rows, down.transpose(1, 2), ends)

@@ -45,7 +45,7 @@ def kernels() -> Kernels | None:
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx, q: Tensor, k: Tensor, v: Tensor, package: Kernels, earlier: int | None, options: dict[str, Any]
     ) -> Tensor:
         o, lse = package.forward(q, k, v, window_size=(earlier, None), return_lse=True, **options)
@@ -54,7 +54,7 @@ class _Attend(torch.autograd.Function):
         return o
 
     @staticmethod
-    def backward(ctx, do: Tensor):  # type: ignore[override]
+    def backward(ctx, do: Tensor):
         q, k, v, o, lse = ctx.saved_tensors
         G = q.shape[1] // k.shape[1]
         repeated = G > 1 and q.shape[2] != v.shape[2]

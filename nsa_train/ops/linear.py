@@ -12,12 +12,12 @@ class _Linears(torch.autograd.Function):
     """The weights are put side by side again in the backward pass: keeping them so would cost their memory."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *weights)
         return tuple((x @ torch.cat(weights).t()).split([len(w) for w in weights], dim=1))
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):  # type: ignore[override]
+    def backward(ctx, *grads: Tensor):
         x, *weights = ctx.saved_tensors
         grad = torch.cat(grads, dim=1)
         return grad @ torch.cat(weights), *(grad.t() @ x).split([len(w) for w in weights])

@@ -71,7 +71,7 @@ class _TokenLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, prior: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, prior: Tensor | None) -> Tensor:
         chunks = zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
         rows = [row_losses(F.linear(h, weight, prior), y) for h, y in chunks]
         losses, lse = (torch.cat(parts) for parts in zip(*rows, strict=True))
@@ -80,7 +80,7 @@ class _TokenLosses(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         hidden, weight, labels, lse, prior = ctx.saved_tensors
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=lse.dtype)
         parts = (x.split(ctx.chunk_tokens) for x in (hidden, labels, lse, grad.contiguous(), d_hidden))

@@ -108,25 +108,25 @@ def norm_backward_kernel(
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         _, out, scales = norm_kernel(x, None, weight, eps)
         ctx.save_for_backward(x, weight, scales)
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         return *norm_backward_kernel(grad.contiguous(), None, *ctx.saved_tensors), None
 
 
 class _SumNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         total, out, scales = norm_kernel(x, y, weight, eps)
         ctx.save_for_backward(total, weight, scales)
         return total, out
 
     @staticmethod
-    def backward(ctx, d_total: Tensor, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, d_total: Tensor, grad: Tensor):
         d_x, d_weight = norm_backward_kernel(grad.contiguous(), d_total.contiguous(), *ctx.saved_tensors)
         return d_x, d_x, d_weight, None
 

@@ -59,12 +59,15 @@ def nsa_attention(
     """
     _check_shapes(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, spec, cu_seqlens, blocks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"nsa_attention: scale={scale} must be positive")
     if chosen_backend(backend, q) == "reference":
         o, details = nsa_reference(
             q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, spec, cu_seqlens, scale, blocks
         )  # fmt: skip
         return (o, details) if return_details else o
     tensors = (x.contiguous() for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, cu_seqlens))
+    blocks = None if blocks is None else blocks.contiguous()
     o, *found = nsa_forward(*tensors, blocks, list(astuple(spec)), scale)
     return (o, NSADetails(*(x.detach() for x in found[:4]))) if return_details else o
 
@@ -77,6 +80,8 @@ def chosen_backend(backend: str, q: Tensor) -> str:
         raise ValueError(f"backend={backend!r} must be 'auto', 'reference' or 'triton'")
     if backend == "triton" and q.dtype not in KERNEL_DTYPES:
         raise ValueError(f"backend='triton' takes bf16, fp16 and fp32, not {q.dtype}; use 'reference'")
+    if backend == "triton" and not q.is_cuda and INTERPRETED and q.dtype == torch.bfloat16:
+        raise ValueError("backend='triton': Triton's interpreter multiplies bf16 wrongly; use fp16 or fp32 there")
     if backend == "triton" and not q.is_cuda and not INTERPRETED:
         raise ValueError(
             f"backend='triton' needs CUDA tensors, q is on {q.device}; on a CPU it works only in Triton's interpreter "
@@ -99,8 +104,12 @@ def _check_shapes(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, spec, cu_s
     if blocks is not None:
         wanted["blocks"] = (blocks, (T, Hk, spec.slc_count))
     found = [f"{name} is {tuple(x.shape)}, not {shape}" for name, (x, shape) in wanted.items() if x.shape != shape]
+    if not T:
+        found.append("q has no tokens")
     if Hq % Hk:
         found.append(f"{Hq} query heads are not a multiple of {Hk} KV heads")
+    if blocks is not None and blocks.dtype != torch.int32:
+        found.append(f"blocks is {blocks.dtype}, not int32")
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
         found.append(f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, not int32 [N + 1]")
     if found:

@@ -40,15 +40,14 @@ class NSASpec:
         ]
         if not isinstance(self.slc_init, int) or self.slc_init < 0:
             found.append(f"slc_init={self.slc_init} must be an integer of at least 0")
-        if not found:
-            for name in ("cmp_block", "slc_block"):
-                if getattr(self, name) % self.cmp_stride:
-                    found.append(f"cmp_stride={self.cmp_stride} must divide {name}={getattr(self, name)}")
-            if self.slc_count < self.slc_init + self.slc_local:
-                found.append(
-                    f"slc_count={self.slc_count} must be at least slc_init + slc_local = "
-                    f"{self.slc_init + self.slc_local}"
-                )
+        wrong = {line.partition("=")[0] for line in found}
+        for name in ("cmp_block", "slc_block"):
+            if not wrong & {name, "cmp_stride"} and getattr(self, name) % self.cmp_stride:
+                found.append(f"cmp_stride={self.cmp_stride} must divide {name}={getattr(self, name)}")
+        if not wrong & {"slc_count", "slc_init", "slc_local"} and self.slc_count < self.slc_init + self.slc_local:
+            found.append(
+                f"slc_count={self.slc_count} must be at least slc_init + slc_local = {self.slc_init + self.slc_local}"
+            )
         if found:
             raise ValueError("NSASpec: " + "; ".join(found))
 
@@ -207,7 +206,7 @@ def nsa_document(
 
 def gated_sum(gates: Tensor, outputs: list[Tensor]) -> Tensor:
     """Eq. 5: gates [T, Hq, branches] times each branch's output [T, Hq, Dv], summed."""
-    return sum(g[..., None] * o for g, o in zip(gates.unbind(-1), outputs, strict=True)).to(outputs[0].dtype)  # type: ignore[union-attr, return-value]
+    return sum(g[..., None] * o for g, o in zip(gates.unbind(-1), outputs, strict=True)).to(outputs[0].dtype)
 
 
 # Packed documents -----------------------------------------------------------------------------------------------------

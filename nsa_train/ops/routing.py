@@ -28,12 +28,12 @@ class _Logits(torch.autograd.Function):
     comes out is rounded to bf16, 8 bits."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         return product(x, weight.T)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         (T, E), M = grad.shape, x.shape[1]
         parts = x.new_empty(T, 2, E)
@@ -52,7 +52,7 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
 
 class _Route(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx, logits: Tensor, bias: Tensor, cu_seqlens: Tensor, top_k: int, softmax: bool, normalise: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.rules = softmax, normalise, scale
@@ -64,7 +64,7 @@ class _Route(torch.autograd.Function):
         return experts, weights, load, losses.sum()
 
     @staticmethod
-    def backward(ctx, _experts: None, d_weights: Tensor, _load: None, d_balance: Tensor):  # type: ignore[override]
+    def backward(ctx, _experts: None, d_weights: Tensor, _load: None, d_balance: Tensor):
         logits, experts, counts, cu_seqlens = ctx.saved_tensors
         d_logits = routing_triton.route_backward(
             logits, experts, counts, cu_seqlens, d_weights.contiguous(), d_balance, *ctx.rules

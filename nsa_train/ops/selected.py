@@ -31,9 +31,9 @@ from nsa_train.ops.selected_plan import (
     readers,
     unions,
 )
-from nsa_train.ops.tiles import LOG2E, power_of_two
+from nsa_train.ops.tiles import LOG2E, WIDEST, power_of_two
 
-# Rows of a program (tokens times heads) for 2-byte and for 4-byte numbers, at widths up to 256
+# Rows of a program (tokens times heads) for 2-byte and for 4-byte numbers
 FWD_ROWS = 64, 32  # 4 tokens of 16 heads; 8 tokens compute the union of 8 for all rows and lose 20 to 80 %
 DQ_ROWS = 128, 32  # 8 tokens: 20 % faster than 4, which leave room for one program per SM only
 DKV_ROWS = 32, 16  # 2 tokens a step; 4 spill or cross warpgroups, and take twice the time
@@ -237,9 +237,9 @@ def shapes(q: Tensor, v: Tensor, spec: NSASpec) -> dict[str, int]:
 
 
 def settings(size: dict[str, int], rows: tuple[int, int], most_tokens: int, dtype: torch.dtype) -> dict[str, int]:
-    """Launch settings: fewer rows and keys for wide numbers and for widths over 256, at least 16 of each."""
+    """Launch settings: fewer rows and keys for wide numbers and where D + Dv is over WIDEST, at least 16 of each."""
     wide = dtype.itemsize == 4
-    narrower = max(1, (size["D1"] + size["D2"]) // 256, size["V1"] // 256)
+    narrower = power_of_two(triton.cdiv(size["D1"] + size["D2"] + size["V1"], WIDEST))
     filled = max(16, min(rows[wide] // narrower, most_tokens * size["HEADS"]), size["HEADS"])
     keys = min(max(16, KEYS[wide] // narrower), power_of_two(size["L"], 16))
     return {"ROWS": filled, "KEYS": keys, "num_warps": 8 if filled > 64 else 4, "num_stages": 2}

@@ -1,4 +1,4 @@
-"""How kernels are launched: settings by kernel and architecture, and the facts that choose between them."""
+"""What the launch settings of kernels are made of: which kernels run where, and widths as powers of two."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 LOG2E = 1.4426950408889634  # kernels work with exp2; log-sum-exps between them are in base 2
+WIDEST = 384  # D + Dv up to which full tiles of 2-byte numbers fit into the shared memory of a Hopper GPU
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTERPRETED: bool = triton.knobs.runtime.interpret  # Triton's interpreter runs the kernels, on CPU tensors
 
@@ -24,7 +25,8 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def power_of_two(n: int, at_least: int = 1) -> int:
-    return max(at_least, 1 << (n - 1).bit_length())
+    """The smallest one that is at least `n` and `at_least`."""
+    return max(at_least, 1 << max(n - 1, 0).bit_length())
 
 
 def split_width(width: int) -> tuple[int, int]:

@@ -287,8 +287,8 @@ def _win_dkv(
 
 
 def query_tiles(size: dict[str, int], window: int, wide: bool) -> dict[str, int]:
-    """Settings of forward and dQ: 128 rows for 2-byte numbers (`wide` ones take 32) and widths up to 256."""
-    rows = (32 if wide else 128) // max(1, max(size["D1"] + size["D2"], 2 * size["V1"]) // 256)
+    """Settings of forward and dQ: 128 rows for 2-byte numbers (`wide` ones take 32) and D + 2 Dv up to 512."""
+    rows = (32 if wide else 128) // power_of_two(triton.cdiv(size["D1"] + size["D2"] + 2 * size["V1"], 512))
     TOK = min(TOKEN_TILE, max(1, max(rows, 16) // size["HEADS"]))
     while TOK * size["HEADS"] < 16:
         TOK *= 2

@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nsa_train import runtime
+from nsa_train.data.store import sha256_of
 from nsa_train.errors import CheckpointError, StorageError
 from nsa_train.parallel.engine import Engine, on_rank_zero
 
@@ -128,8 +129,9 @@ def _write_own_files(aside: Path, engine: Engine) -> list[tuple[str, int, str]]:
     written = []
     for name, tensors, metadata in own:
         save_file(tensors, aside / name, metadata=metadata)
+        runtime.readable_as_its_folder(aside / name)
         _sync(aside / name)
-        written.append((name, (aside / name).stat().st_size, _digest(aside / name)))
+        written.append((name, (aside / name).stat().st_size, sha256_of(aside / name)))
         runtime.fault_point("checkpoint-shard")
     return written
 
@@ -204,11 +206,6 @@ def _digest_of(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
@@ -227,8 +224,8 @@ def find_newest_good(folder: Path, identity: str) -> Found | None:
             continue
         if manifest["identity"] != identity:
             raise CheckpointError(
-                f"{path} belongs to another model (its identity is {manifest['identity'][:12]}, this run's "
-                f"{identity[:12]}); move it away or choose another name="
+                f"{path} belongs to another model, or to one that an older version described (its identity is "
+                f"{manifest['identity'][:12]}, this run's {identity[:12]}); move it away or choose another name="
             )
         return Found(path, manifest)
     if damaged := sorted(path.name for path in folder.glob("step_*.corrupt*")):
@@ -259,7 +256,7 @@ def verify(path: Path) -> dict[str, Any]:
             size = (path / name).stat().st_size
             if size != known["bytes"]:
                 raise CheckpointError(f"{path / name} has {size} bytes instead of {known['bytes']}")
-            if _digest(path / name) != known["sha256"]:
+            if sha256_of(path / name) != known["sha256"]:
                 raise CheckpointError(f"{path / name} does not have the sha256 of its manifest")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({type(error).__name__}: {error})") from error

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from nsa_train import runtime
 from nsa_train.config import schema
 from nsa_train.data.tokenizer import Tokenizer
 from nsa_train.errors import NsaTrainError, StorageError
@@ -51,6 +52,8 @@ def export_model(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         wrapped.save_pretrained(aside)
+        for file in aside.glob("*.safetensors"):
+            runtime.readable_as_its_folder(file)
         for file in tokenizer.parent.glob("tokenizer*"):
             shutil.copy2(file, aside)
         beat()

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from nsa_train import runtime
-from nsa_train.errors import Interrupted, NsaTrainError, OtherRankFailed, StorageError
+from nsa_train.errors import DivergedError, Interrupted, NsaTrainError, OtherRankFailed, StorageError
 
-FIRST_FAILURE = ".failure.json"  # in the run folder: {"rank", "exit_code", "message"} of the rank that failed first
+# In the run folder: {"rank", "exit_code", "message"} of the rank that failed first, and whether all "agreed" to end.
+FIRST_FAILURE = ".failure.json"
 
 
 def failure_of(error: BaseException, run_dir: Path) -> BaseException:
@@ -25,7 +26,8 @@ def failure_of(error: BaseException, run_dir: Path) -> BaseException:
         failure = StorageError(f"{error.filename or 'the disk'}: {error.strerror}; make room there and run again")
     elif isinstance(error, KeyboardInterrupt):
         failure = Interrupted("stopped at once; the same command goes on from the last checkpoint, if there is one")
-    first = _first(failure, run_dir) if runtime.world_size() > 1 else None
+    agreed = isinstance(error, (Interrupted, DivergedError))  # every rank raises these by itself
+    first = _first(failure, run_dir, agreed) if runtime.world_size() > 1 else None
     # A launcher stops the others of a rank that failed by a signal, which says nothing of its own.
     if first and (isinstance(error, KeyboardInterrupt) or not isinstance(failure, NsaTrainError)):
         failure = OtherRankFailed(f"rank {first['rank']} failed first: {first['message']}", first["exit_code"])
@@ -44,12 +46,13 @@ def _code(failure: BaseException) -> int:
     return failure.exit_code if isinstance(failure, NsaTrainError) else 1
 
 
-def _first(failure: BaseException, run_dir: Path) -> dict[str, Any] | None:
+def _first(failure: BaseException, run_dir: Path, agreed: bool) -> dict[str, Any] | None:
     """Another rank's failure that was there before this one; where there is none, this one is noted."""
     path, own = run_dir / FIRST_FAILURE, run_dir / f"{FIRST_FAILURE}.{runtime.rank()}"
     message = str(failure) if isinstance(failure, NsaTrainError) else f"{type(failure).__name__}: {failure}"
     try:
-        own.write_text(json.dumps({"rank": runtime.rank(), "exit_code": _code(failure), "message": message}))
+        note = {"rank": runtime.rank(), "exit_code": _code(failure), "message": message, "agreed": agreed}
+        own.write_text(json.dumps(note))
         os.link(own, path)  # whole, and only for the first
     except FileExistsError:
         return json.loads(path.read_text())

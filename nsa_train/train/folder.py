@@ -15,18 +15,20 @@ from typing import IO, Any
 
 import yaml
 
+from nsa_train import runtime
 from nsa_train.config import schema
 from nsa_train.config.load import config_from_tree, load_config, to_tree, to_yaml
 from nsa_train.errors import ConfigError, RunFolderError, StorageError
 from nsa_train.train.failures import FIRST_FAILURE
 
-# A resumed run may differ in these: they change how and how often, not what is computed.
+# A resumed run may differ in these: they change how and how often, not what is computed, and of a corpus where it lies,
+# for a checkpoint knows its hash.
 FREE_KEYS = (
-    "runs_dir", "logging", "profile", "data.root", "data.prepared_dir",
+    "runs_dir", "logging", "profile", "data.root", "data.prepared_dir", "data.corpus", "data.workers",
     "parallel.zero_stage", "parallel.offload_optimizer", "parallel.offload_params", "parallel.timeout_s",
     "parallel.hang_s", "parallel.deepspeed",
     "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.log_every", "trainer.export",
-    "trainer.cuda_graphs", "trainer.recomputed",
+    "trainer.cuda_graphs", "trainer.activation_checkpointing", "trainer.recomputed",
 )  # fmt: skip
 # What was computed before a key of today came, where its default now is another.
 BEFORE = {"model": {"embedding_std": 0.02, "head_prior": False}}
@@ -101,10 +103,8 @@ class RunFolder:
     def write(self, name: str, content: str | dict[str, Any]) -> None:
         """Replace a file as a whole, so that a kill leaves the old or the new one."""
         text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
-        aside = self.path / f".{name}.tmp"
         try:
-            aside.write_text(text)
-            os.replace(aside, self.path / name)
+            runtime.write_whole(self.path / name, text.encode())
         except OSError as error:
             raise StorageError(f"{self.path / name}: cannot be written ({error}); free some space") from error
 

@@ -134,7 +134,7 @@ class _Replay(torch.autograd.Function):
     """Gives other tensors on the same memory each time: autograd and DeepSpeed write on tensors that they are given."""
 
     @staticmethod
-    def forward(ctx, recorded: RecordedPass, *weights: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx, recorded: RecordedPass, *weights: Tensor) -> tuple[Tensor, ...]:
         recorded.forward()
         ctx.recorded = recorded
         outputs = tuple(x.detach() for x in recorded.outputs)
@@ -143,7 +143,7 @@ class _Replay(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):  # type: ignore[override]
+    def backward(ctx, *grads: Tensor):
         recorded, ctx.recorded = ctx.recorded, None  # once; and whoever still holds the loss holds no graph
         for room, grad in zip(recorded.output_gradients, grads, strict=True):
             if room is not None:

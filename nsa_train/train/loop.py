@@ -185,7 +185,7 @@ class _Run:
             self.progress = Progress(**state["progress"])
             self.spikes.load_state(state["spikes"])
             self.bad_steps.in_a_row = state.get("bad_steps_in_a_row", 0)  # not in checkpoints of older versions
-            self.load += torch.tensor(state.get("load", 0.0), device=self.device)  # nor this
+            self.load += torch.tensor(state.get("load", 0.0), device=self.device).expand_as(self.load)  # nor this
             self.wandb_id = state.get("wandb_id")
         self.metrics = on_main(self._open_metrics)
         self.earlier = self.progress.wall_s
@@ -264,7 +264,7 @@ class _Run:
             sum_over_ranks(load, stop)
             mean_loss, must_stop, spiked = torch.stack(
                 [loss, stop, spike.float()]
-            ).tolist()  # sync: the step's only one
+            ).tolist()  # sync: the only one of ours
             bad = self.engine.skipped
             if not bad:
                 self.model.balance_experts(load)

@@ -151,9 +151,9 @@ def _start_wandb(config: schema.Config, run_dir: Path, manifest: dict[str, Any])
     mode = runtime.wandb_mode(config.logging.wandb)
     if mode == "disabled":
         return None
-    import wandb
-
     try:
+        import wandb
+
         run = wandb.init(
             id=manifest["wandb_id"], resume="allow", mode=mode, dir=str(run_dir), project=config.logging.project,
             name=config.name, group=config.logging.group or config.experiment,
@@ -181,7 +181,7 @@ def plot_losses(run_dir: Path, title: str, unigram_entropy: float) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
     for split, style in (("train", {"lw": 1, "alpha": 0.6}), ("val", {"marker": "o", "lw": 1.5})):
         points = [(row["tokens"], row["loss"]) for row in rows if row["split"] == split and row["loss"] is not None]
-        axes.plot(*zip(*points, strict=True), label={"train": "train", "val": "held-out"}[split], **style)  # type: ignore[arg-type]
+        axes.plot(*zip(*points, strict=True), label={"train": "train", "val": "held-out"}[split], **style)
     axes.axhline(unigram_entropy, color="gray", ls="--", lw=1, label="unigram entropy")
     axes.set(xlabel="tokens", ylabel="loss, nats per token", title=title)
     axes.grid(alpha=0.3)

@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 HANG = 19
 BEAT, END = b".", b"q"
@@ -110,10 +111,10 @@ class _Watched:
                 beat = now
             elif now - beat > self.limit_s:
                 return self.end_hang()
-            elif self.first_failure.exists():
+            elif first := self.another_failed():
                 failed = failed or now
                 if now - failed > FAILED_FIRST_S:
-                    return self.end_as_the_first()
+                    return self.end(first["exit_code"], f"rank {first['rank']} failed first: {first['message']}")
 
     def end_hang(self) -> None:
         place = self.run_dir / f"stacks_rank_{self.rank}.txt"
@@ -122,10 +123,12 @@ class _Watched:
             place.write_bytes(stacks)
         self.end(HANG, f"{self.late.format(self.limit_s)}; stacks: {place}")
 
-    def end_as_the_first(self) -> None:
+    def another_failed(self) -> dict[str, Any] | None:
+        """What another rank noted that failed first. Where this one did, or all agreed to end, it is to end in time."""
+        if not self.first_failure.exists():
+            return None
         first = json.loads(self.first_failure.read_text())
-        if first["rank"] != self.rank:
-            self.end(first["exit_code"], f"rank {first['rank']} failed first: {first['message']}")
+        return None if first["agreed"] or first["rank"] == self.rank else first
 
     def stacks(self) -> bytes:
         """What faulthandler writes into the pipe of the beats when the signal comes; a stopped rank is woken for it.

@@ -159,7 +159,7 @@ def test_the_rates_of_a_sweep_are_taken_and_those_at_an_edge_refused(tmp_path):
         make_run(tmp_path, arm, overrides=[f"name=tiny-{arm}-seed0", f"optim.lr={lr}", *SWEEP])
     row = {"at_edge": False, "losses": {"0.001": 5.0, "0.002": 5.0}, "set": ["seed=100", "trainer.steps=3"]}
     rows = [{**row, "arm": arm, "lr": lrs[arm]} for arm in ("full", "nsa")]
-    (tmp_path / "lr.json").write_text(json.dumps({"rows": rows}))
+    write_result("lr", "sweep", rows, folder=tmp_path)
     words = ["run", "--arms", *lrs, "--rates", tmp_path / "lr.json", "--out", tmp_path / "out", "--set", *SWEEP,
              f"runs_dir={tmp_path}"]  # fmt: skip
     done = start(*words)

@@ -104,6 +104,15 @@ def test_the_command_line_wins_over_the_experiment_and_the_experiment_over_the_g
     assert (config.trainer.seq_len, config.seed, config.name) == (256, 7, "mine")
 
 
+def test_a_table_takes_the_place_of_the_one_that_is_there():
+    assert len(load_config(["data=comparison"]).data.mixture) > 2
+    assert load_config(["data=comparison", "data.mixture={}"]).data.mixture == {}
+    words = ["data=comparison", "data.mixture.stdlib=3", "data.mixture={linux: 1}", "data.mixture.a=2"]
+    assert load_config(words).data.mixture == {"linux": 1.0, "a": 2.0}
+    one = "stages.parts={only: {tokens: null, seq_len: 512, mixture: {}, rope_factor: 1.0}}"
+    assert [*load_config(["stages=extend_32k", one]).stages.parts] == ["only"]
+
+
 def test_an_integer_is_taken_for_a_number_and_a_list_for_a_tuple():
     config = load_config(["optim.lr=1", "attention.branches=[full]", "logging.tags=[a,b]"])
     assert isinstance(config.optim.lr, float)
@@ -305,6 +314,27 @@ def test_stage_1_is_refused_where_auto_is_bf16_together_with_all_that_is_wrong()
     load_config(["parallel=zero1"], on_gpu=lambda: False)
     load_config(["parallel=zero1", "trainer.dtype=fp32"], on_gpu=lambda: True)
     load_config(["parallel=zero2"], on_gpu=lambda: True)
+
+
+def test_expert_widths_that_grouped_products_do_not_take_are_refused_on_a_gpu():
+    load_config(["moe.expert_width=108"])
+    with pytest.raises(ConfigError, match=r"moe\.expert_width=108 is not a multiple of 8, .* trainer\.dtype=fp32"):
+        load_config(["moe.expert_width=108"], on_gpu=lambda: True)
+    load_config(["moe.expert_width=108", "trainer.dtype=fp32"], on_gpu=lambda: True)
+    load_config(["moe.expert_width=108", "model.dense_layers=4"], on_gpu=lambda: True)
+
+
+def test_a_stage_that_no_step_is_left_for_is_refused():
+    step = 512 * 8
+    part = "{{tokens: {}, seq_len: 512, mixture: {{}}, rope_factor: 1.0}}"
+
+    def parts(*tokens):
+        each = ", ".join(f"{name}: {part.format(n)}" for name, n in zip("abc", tokens, strict=False))
+        return ["trainer.steps=10", "trainer.seq_len=512", "trainer.batch_rows=8", f"stages.parts={{{each}}}"]
+
+    load_config(parts(9 * step, "null"))
+    assert "stages.parts.b is never reached" in refusal(*parts(9 * step + 1, "null"))
+    assert "stages.parts.b.tokens=20 are none of the run's steps" in refusal(*parts(step + 100, 20, "null"))
 
 
 def test_the_machine_is_looked_at_only_where_a_rule_depends_on_it():

@@ -7,11 +7,12 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers import documents
 
 from nsa_train.config.load import load_config
 from nsa_train.data.pack import Stretches, make_plan
 from nsa_train.data.prepare import prepare
-from nsa_train.data.selection import SPLITS, documents
+from nsa_train.data.selection import SPLITS
 from nsa_train.data.store import TokenStore, corpus_hash, sha256_of
 from nsa_train.data.tokenizer import Tokenizer
 from nsa_train.errors import DataError, StorageError

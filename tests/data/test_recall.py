@@ -8,12 +8,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from helpers import documents
 
 from nsa_train.config.load import load_config
 from nsa_train.data import recall
 from nsa_train.data.prepare import _key, prepare
 from nsa_train.data.recall import FACT_WEIGHT, KINDS, LONGEST_LINE, WORDS, Haystack, answers, recall_documents
-from nsa_train.data.selection import documents
 from nsa_train.data.store import TokenStore
 from nsa_train.data.tokenizer import Tokenizer, train_tokenizer
 from nsa_train.errors import ConfigError, DataError

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import documents
 
 from nsa_train.data import shards, streams
 from nsa_train.data.prepare import _lock, prepare
-from nsa_train.data.selection import SPLITS, documents
+from nsa_train.data.selection import SPLITS
 from nsa_train.data.store import TokenStore
 from nsa_train.data.tokenizer import Tokenizer
 from nsa_train.errors import DataError, Interrupted, StorageError
@@ -72,7 +73,7 @@ def test_two_processes_give_the_corpus_of_one(corpus):
 
 KILLED = """
 import json, sys
-from nsa_train.config.schema import DataConfig
+from nsa_train.config.data_schema import DataConfig
 from nsa_train.data import shards
 from nsa_train.data.prepare import _lock, prepare
 if __name__ == "__main__":

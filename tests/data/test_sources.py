@@ -8,10 +8,11 @@ from collections import Counter
 import pyarrow
 import pytest
 import zstandard
+from helpers import documents
 from pyarrow import ipc, parquet
 
 from nsa_train.config.load import load_config
-from nsa_train.data.selection import SPLITS, Selection, documents, select
+from nsa_train.data.selection import SPLITS, Selection, select
 from nsa_train.errors import DataError
 
 

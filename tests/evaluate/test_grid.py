@@ -48,6 +48,7 @@ def test_an_answer_is_right_when_every_token_is():
     documents = [document(200), document(300, ((280, 285), (290, 292)))]
     found = list(answers(Oracle(), documents, ATTENTION, 1000))
     assert [answer.right for answer in found] == [True] * 3
+    assert [answer.document for answer in found] == [0, 1, 1]
     assert max(answer.loss for answer in found) < 1e-3
     found = list(answers(Oracle(wrong=(200 + 284, 154)), documents, ATTENTION, 1000))
     assert [answer.right for answer in found] == [False, False, True]
@@ -70,7 +71,10 @@ def test_selection_recall_counts_the_facts_that_the_chosen_blocks_hold():
 
 
 ZONES = ("forced", None, None, "window")
-FOUND = [Answer(right, 1.0, zone, 0.5, depth) for depth, zone in enumerate(ZONES) for right in (True, depth == 2)]
+FOUND = [
+    Answer(right, 1.0, zone, 0.5, depth, 2 * depth + second)
+    for depth, zone in enumerate(ZONES) for second, right in enumerate((True, depth == 2))
+]  # fmt: skip
 
 
 def test_cells_in_a_zone_are_marked_and_left_out_of_the_summary():
@@ -84,7 +88,8 @@ def test_cells_in_a_zone_are_marked_and_left_out_of_the_summary():
 
 
 def test_a_cell_counts_its_questions_that_need_selection():
-    mixed = [Answer(True, 1.0, "window", 0.5, 0), Answer(False, 2.0, None, 0.5, 0), Answer(True, 2.0, None, 0.5, 0)]
+    told = [(True, 1.0, "window"), (False, 2.0, None), (True, 2.0, None)]
+    mixed = [Answer(*words, 0.5, 0, number) for number, words in enumerate(told)]
     (cell,) = cells(mixed, 512, 1)
     assert (cell["zone"], cell["samples"], cell["accuracy"], cell["loss"]) == (None, 2, 0.5, 2.0)
     assert summary(mixed, 512) == {
@@ -97,6 +102,13 @@ def test_wilsons_interval_is_that_of_the_books():
     assert wilson(0, 20) == (0, pytest.approx(0.1611, abs=1e-4))
     assert wilson(10, 20) == (pytest.approx(0.2993, abs=1e-4), pytest.approx(0.7007, abs=1e-4))
     assert wilson(20, 20)[1] == pytest.approx(1)
+
+
+def test_the_interval_counts_documents_not_questions():
+    same = [Answer(number == 0, 1.0, None, None, 0, number) for number in range(4) for _ in range(25)]
+    found = summary(same, 512)
+    assert (found["samples"], found["accuracy"]) == (100, 0.25)
+    assert (found["low"], found["high"]) == wilson(1, 4)
 
 
 def test_the_heat_map_is_drawn(tmp_path):

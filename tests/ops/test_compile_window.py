@@ -12,6 +12,7 @@ from nsa_train.ops.nsa import NSASpec
 
 T, Hq, Hk = 4096, 64, 4
 WIDTHS = [(192, 128), (128, 128), (64, 64)]
+WIDER = [(256, 256)]  # on the plain kernels only, which may spill there
 
 
 def launches(module, D, Dv, dtype=torch.bfloat16):
@@ -62,4 +63,6 @@ if __name__ == "__main__":
         for module in (window, window_hopper):
             found += [{"widths": (D, Dv), **f} for f in record(lambda w=(D, Dv), m=module: launches(m, *w))]
         found += [{"widths": (D, Dv), **f} for f in record(lambda Dv=Dv: combine_launches(Dv))]
+    for D, Dv in WIDER:
+        found += [{"widths": (D, Dv), **f} for f in record(lambda w=(D, Dv): launches(window, *w))]
     print(json.dumps(found))

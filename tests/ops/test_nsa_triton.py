@@ -67,6 +67,16 @@ def test_given_blocks_are_used_instead_of_selecting():
     assert_close("o", o, run(exact(case), backend="reference", blocks=blocks)[0], rms=1e-5)
 
 
+def test_given_blocks_may_lie_in_memory_in_any_order():
+    case = kernel_case([30, 17], spec=WIDE)
+    _, details = run(case, backend="triton")
+    turned = details.blocks.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    assert not turned.is_contiguous()
+    want, _ = run(case, backend="triton", blocks=details.blocks)
+    o, _ = run(case, backend="triton", blocks=turned)
+    assert torch.equal(o, want)
+
+
 def test_packed_documents_equal_separate_ones_bitwise():
     lengths = [21, 1, 40]
     case = kernel_case(lengths, spec=WIDE)

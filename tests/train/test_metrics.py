@@ -1,6 +1,7 @@
 """metrics.jsonl is read back line by line, and W&B may fail without the run."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -75,6 +76,13 @@ def test_a_failing_wandb_costs_the_run_nothing(tmp_path, monkeypatch, caplog):
     open_metrics(tmp_path, step=0, mode="online").train(row(1) | {"dead_experts": [0]}, [[1.0, 2.0]])
     assert "W&B is off from here on" in caplog.text
     assert "no route to the server" in caplog.text
+    assert [found["step"] for found in read_metrics(tmp_path / METRICS)] == [1]
+
+
+def test_a_missing_wandb_costs_the_run_nothing(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    open_metrics(tmp_path, step=0, mode="offline").train(row(1) | {"dead_experts": [0]}, [[1.0, 2.0]])
+    assert "W&B is off from here on" in caplog.text
     assert [found["step"] for found in read_metrics(tmp_path / METRICS)] == [1]
 
 

@@ -62,6 +62,16 @@ def test_dead_experts_between_log_steps_are_those_of_an_uninterrupted_run(train,
     assert max(by_step[4] + by_step[8]) > 0
 
 
+def test_a_model_without_experts_goes_on_too(train, tmp_path):
+    dense = ("model.dense_layers=2", "trainer.steps=8")
+    assert train(*dense, runs=tmp_path / "whole").wait() == 0
+    assert train(*dense, before=partial(signal_at, ENGINE, "backward", 10, signal.SIGKILL)).wait() == -9
+    again = train(*dense)
+    assert again.wait() == 0, again.text
+    assert "resumed from" in again.text
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole" / "run")
+
+
 def test_a_signal_while_packages_are_imported_ends_with_75(train, tmp_path):
     stopped = train(before=partial(signal_at, "nsa_train.config.load", "load_config", 1, signal.SIGTERM))
     assert stopped.wait() == 75

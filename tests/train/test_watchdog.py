@@ -1,5 +1,6 @@
 """A rank that hangs ends the job with 19 and everybody's stacks; one that fails ends it with its own words."""
 
+import json
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ import pytest
 from launch import MICRO_BATCHES, signal_at, summary
 
 from nsa_train.train.failures import FIRST_FAILURE
-from nsa_train.train.watchdog import Watchdog
+from nsa_train.train.watchdog import FAILED_FIRST_S, Watchdog
 
 pytestmark = pytest.mark.process
 ENGINE = "nsa_train.parallel.engine:Engine"
@@ -71,9 +72,10 @@ def prepare_slowly():
     loop.prepare = lambda *arguments: (time.sleep(8), prepare(*arguments))[1]
 
 
-def wait_for_a_failed_rank(run):
-    (run / ".failure.json").write_text('{"rank": 3, "exit_code": 20, "message": "its disk is full"}')
-    sleep_for_ever()
+def wait_after_the_end_of(rank, run, agreed=False, seconds=10**6):
+    found = {"rank": rank, "exit_code": 20, "message": "its disk is full", "agreed": agreed}
+    (run / FIRST_FAILURE).write_text(json.dumps(found))
+    time.sleep(seconds)
 
 
 @pytest.mark.parametrize(("how", "code"), [(search_with_pythons_lock, -9), (stop_itself, 19)])
@@ -159,7 +161,19 @@ def test_a_killed_rank_ends_the_job_soon(train_ranks):
 def test_a_rank_that_waits_for_one_that_failed_is_ended_with_the_others_code(train, tmp_path):
     """As with NCCL, whose collectives do not notice that a rank has gone."""
     run = tmp_path / "run"
-    job = train(before=partial(do_at, 5, partial(wait_for_a_failed_rank, run)))
+    job = train(before=partial(do_at, 5, partial(wait_after_the_end_of, 3, run)))
     assert job.wait() == 20
     assert "rank 3 failed first: its disk is full" in job.text
     assert summary(run)["exit_code"] == 20
+
+
+def test_a_rank_that_hangs_behind_its_own_failure_is_found(train, tmp_path):
+    job = train("parallel.hang_s=8", before=partial(do_at, 5, partial(wait_after_the_end_of, 0, tmp_path / "run")))
+    assert job.wait() == 19
+
+
+def test_a_rank_that_is_slow_to_end_where_all_agreed_to_is_waited_for(train, tmp_path):
+    slow = partial(wait_after_the_end_of, 1, tmp_path / "run", agreed=True, seconds=FAILED_FIRST_S + 3)
+    job = train(before=partial(do_at, 5, slow))
+    assert job.wait() == 0, job.text
+    assert summary(tmp_path / "run")["status"] == "done"
