@@ -187,17 +187,17 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         args = _parser().parse_args(words)
         command, overrides = args.command, args.overrides
-    runtime.setup_console()
     try:
+        runtime.setup_console()
         return COMMANDS[command](overrides)
     except NsaTrainError as error:
         code, message = error.exit_code, str(error)
     except OSError as error:
         if error.errno not in runtime.STORAGE_ERRORS:
             raise
-        code, message = StorageError.exit_code, f"{error.filename or 'disk'}: {error.strerror}; make room there"
+        code, message = StorageError.exit_code, runtime.storage_message(error)
     except KeyboardInterrupt:
         code, message = Interrupted.exit_code, "stopped; the same command starts again"
-    if runtime.rank() == 0:
+    if runtime.speaks():
         print(f"error: {message}" if code != 75 else message, file=sys.stderr)
     return code

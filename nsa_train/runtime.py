@@ -18,28 +18,47 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("nsa_train")
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells every process
 RUNS_A_DEVICE = "NSA_TRAIN_RUNS_A_DEVICE"  # set by who starts several runs on one device at once
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
 
 
+def storage_message(error: OSError) -> str:
+    """What to do about one of STORAGE_ERRORS."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return f"{error.filename or 'disk'}: {error.strerror}; " + ("make room there" if full else "check its permissions")
+
+
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return _told("RANK", "0")
+
+
+def speaks() -> bool:
+    """Whether errors are told by this process: rank 0, or one whose rank is no number."""
+    return not os.environ.get("RANK", "0").isdecimal() or rank() == 0
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _told("LOCAL_RANK", "0")
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _told("WORLD_SIZE", "1", least=1)
+
+
+def _told(name: str, otherwise: str, least: int = 0) -> int:
+    """A number of the environment. Raises ConfigError."""
+    told = os.environ.get(name, otherwise)
+    if not told.isdecimal() or int(told) < least:
+        raise ConfigError(
+            f"{name}={told} in the environment must be a number from {least} on; use torchrun, or unset it"
+        )
+    return int(told)
 
 
 def runs_a_device() -> int:
     """How many runs share this one's device, itself included, as far as it was told. Raises ConfigError."""
-    told = os.environ.get(RUNS_A_DEVICE, "1")
-    if not told.isdecimal() or int(told) < 1:
-        raise ConfigError(f"{RUNS_A_DEVICE}={told} in the environment must be a number from 1 on")
-    return int(told)
+    return _told(RUNS_A_DEVICE, "1", least=1)
 
 
 def launch_alone() -> None:
@@ -47,7 +66,13 @@ def launch_alone() -> None:
 
     Port 0 lets the system choose: a port that was free a moment ago may be another job's by now.
     """
-    if "RANK" not in os.environ:
+    here = [name for name in LAUNCHER if name in os.environ]
+    if "RANK" in here and len(here) < len(LAUNCHER):
+        missing = ", ".join(name for name in LAUNCHER if name not in here)
+        raise ConfigError(f"{', '.join(here)} in the environment without {missing}; use torchrun, or unset all of them")
+    if rank() >= world_size():
+        raise ConfigError(f"RANK={rank()} in the environment is none of WORLD_SIZE={world_size()} processes")
+    if "RANK" not in here:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 

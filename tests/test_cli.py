@@ -34,6 +34,30 @@ def test_help_names_every_command_in_under_half_a_second():
     assert "75 interrupted" in text.stdout
 
 
+@pytest.mark.parametrize("command", [["bench"], ["compare"], ["compare", "keep"], ["eval"], ["train"]], ids=" ".join)
+def test_every_command_can_be_asked_for_help(command):
+    words = [sys.executable, "-m", "nsa_train", *command, "--help"]
+    assert "usage: nsa-train" in subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"RANK": "abc"}, "RANK=abc in the environment must be a number from 0 on"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment must be a number from 1 on"),
+        ({"RANK": "0"}, "RANK in the environment without LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+    ],
+)
+def test_a_launcher_that_tells_half_is_refused(environment, said, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "nsa_train", "train", f"runs_dir={tmp_path}"], env=os.environ | environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_reader_that_has_seen_enough_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)

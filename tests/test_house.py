@@ -2,15 +2,19 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import load_script
 from packaging.requirements import Requirement
 
 from nsa_train.cli import EXIT_CODES, main
+from nsa_train.config import load
 from nsa_train.config.load import load_config
 from nsa_train.plan.report import plan
 
@@ -73,6 +77,15 @@ def test_every_own_command_in_readme_runs_or_composes_and_plans(words, capsys):
         assert main([command, *overrides]) == 0
 
 
+def test_the_recipe_in_readme_composes(tmp_path, monkeypatch):
+    shutil.copytree(load.CONFIG_DIR, tmp_path / "configs")
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "configs" / "experiment" / "mine.yaml").write_text(recipe)
+    monkeypatch.setattr(load, "CONFIG_DIR", tmp_path / "configs")
+    config = load_config(["experiment=mine"])
+    assert (config.attention.slc_count, config.data.name, config.trainer.steps) == (24, "mine", 2000)
+
+
 def test_readme_shows_every_kind_of_command_that_it_should():
     assert len(COMMANDS_OF_README) >= 9
     assert {own_command(words)[0] for words in COMMANDS_OF_README} >= {"train", "prepare", "config", "plan", "doctor"}
@@ -131,3 +144,32 @@ def test_the_tables_of_readme_are_made_from_the_results():
 def test_the_table_of_corpora_is_made_from_the_results():
     done = subprocess.run([sys.executable, ROOT / "scripts" / "corpora.py", "--check"], check=False)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [
+        ("readme_tables", ["--chek"], "unrecognized arguments: --chek"),
+        ("planted_faults", ["nosuchfault"], "'nosuchfault' in its name; there are combine, compress, "),
+        ("corpora", ["--chek"], "unrecognized arguments: --chek"),
+        ("corpora", ["/nope"], "/nope/manifest.json: no manifest of a prepared corpus"),
+        ("corpora", ["--check", "prepared"], "not allowed with argument"),
+        ("fit_speed", ["docs/results/gates_r1.json"], "its name must begin with training_ or attention_"),
+        ("fit_speed", ["/training_nope.json"], "/training_nope.json: cannot be read"),
+        ("first_run", ["a/b"], "machine 'a/b' may hold letters"),
+        ("first_run", ["cpu", "--processes", "0"], "--processes 0 must be 1 or more"),
+        ("first_run", ["cpu", "trainer.step=1"], "trainer.step"),
+        ("loss_parity", ["--at-once", "0"], "--at-once 0 must be 1 or more"),
+        ("loss_parity", ["--steps", "1"], "--steps 1 must be 20 or more"),
+        ("loss_parity", ["r9"], "there is no preset 'r9' here; there are r1, tiny"),
+        pytest.param(
+            "loss_parity", ["tiny"], "no CUDA device here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_script_refuses_bad_input_before_it_does_anything(script, words, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [f"scripts/{script}.py", *words])
+    with pytest.raises(SystemExit, match="2"):
+        load_script(script, monkeypatch).main()
+    assert said in capsys.readouterr().err

@@ -42,7 +42,7 @@ def cuts_of(run: Run) -> dict[str, np.ndarray]:
 
 def far_starts(attention: AttentionConfig) -> dict[str, int]:
     """Tokens from which on a position, or the distance of what is recalled, is far."""
-    return {"position": attention.slc_count * attention.slc_block, "recall": FAR_WINDOWS * attention.window}
+    return {"position": attention.selects_from, "recall": FAR_WINDOWS * attention.window}
 
 
 def far_cut(kind: str, attention: AttentionConfig) -> str:

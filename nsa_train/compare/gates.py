@@ -73,11 +73,6 @@ class Subject:
     def vocab(self) -> int:
         return min(VOCAB, self.config.model.vocab)
 
-    @property
-    def selected_tokens(self) -> int:
-        """n l': up to so many tokens every block is chosen."""
-        return self.config.attention.slc_count * self.config.attention.slc_block
-
     def model(self, full: bool = False, **fields: Any) -> Transformer:
         """The arm, or full attention with its experts, in fp32 on the CPU; `fields` of `model` are replaced."""
         attention = self.config.attention
@@ -158,7 +153,7 @@ def _states(model: Transformer, tokens: Tensor, packing: Packing) -> list[Tensor
 def future_change(subject: Subject) -> Finding:
     """Another token at a border changes no state and no selection before it or in another document, to the bit."""
     model = _stirred(subject)
-    length = 2 * max(subject.selected_tokens, subject.config.attention.window)
+    length = 2 * max(subject.config.attention.selects_from, subject.config.attention.window)
     tokens, _, packing = subject.random((length, length // 4), subject.config.model.vocab, "future")
     place = torch.arange(len(tokens), device=subject.device)
     before, leaks = _states(model, tokens, packing), []
@@ -178,7 +173,7 @@ def future_change(subject: Subject) -> Finding:
 def later_gradient(subject: Subject) -> Finding:
     """The losses up to a token have no gradient in the embeddings of later ones, to the bit."""
     model = _stirred(subject)
-    length = 2 * max(subject.selected_tokens, subject.config.attention.window)
+    length = 2 * max(subject.config.attention.selects_from, subject.config.attention.window)
     case = subject.random((length,), subject.config.model.vocab, "gradient")
     kept: list[Tensor] = []
 
@@ -234,7 +229,7 @@ def equals_full(subject: Subject, branch: str) -> Finding | None:
     if branch not in subject.config.attention.branches:
         return None
     vocab = subject.config.model.vocab
-    length = subject.config.attention.window if branch == "win" else subject.selected_tokens
+    length = subject.config.attention.window if branch == "win" else subject.config.attention.selects_from
     tokens, _, packing = subject.random((length, length // 2 + 1), vocab, branch)
     models = _only(subject, branch, vocab=vocab, embedding_std=subject.config.model.init_std)
     ours, theirs = (subject.place(model).logits(tokens, packing).float() for model in models)
@@ -246,7 +241,7 @@ def first_steps(subject: Subject) -> Finding | None:
     """With the other gates shut, slc trains like full attention on rows of n l' tokens."""
     if "slc" not in subject.config.attention.branches:
         return None
-    batch = subject.random((subject.selected_tokens,), subject.vocab, "first steps")
+    batch = subject.random((subject.config.attention.selects_from,), subject.vocab, "first steps")
     curves = []
     for model in _only(subject, "slc", vocab=subject.vocab):
         curves.append(list(subject.train(model, _repeated(batch), subject.rates(EQUAL_STEPS, EQUAL_LR))))

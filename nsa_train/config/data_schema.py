@@ -89,7 +89,19 @@ class DataConfig(SourceConfig):
             found.append(f"workers={self.workers} must not be negative; 0 is one per core")
         if self.near_duplicates is not None and not 0 < self.near_duplicates < 1:
             found.append(f"near_duplicates={self.near_duplicates} must lie between 0 and 1")
-        return found if self.sources else found + super().problems()
+        return found if self.sources else found + super().problems() + self._not_read()
+
+    def _not_read(self) -> list[str]:
+        """Keys that were set in vain: the only source is of another kind. Several may share them."""
+        found = []
+        if self.kind == "stdlib" and (named := [*self.paths, *self.heldout_paths]):
+            found.append(f"paths={named} are not read by kind=stdlib; choose data=files, or the group of your source")
+        for key in ("include", "exclude"):
+            if getattr(self, key) and self.kind not in ("tree", "tar"):
+                found.append(f"{key}={list(getattr(self, key))} is for kind=tree and kind=tar, not kind={self.kind}")
+        if self.take is not None and self.kind not in ("hub", "recall"):
+            found.append(f"take={self.take} is for kind=hub and kind=recall, not kind={self.kind}")
+        return found
 
     @property
     def named_sources(self) -> dict[str, SourceConfig]:

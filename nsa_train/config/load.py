@@ -39,9 +39,16 @@ def load_config(
     Raises ConfigError with one line per problem.
     """
     tree, choices = _compose(list(overrides))
-    tree["experiment"], tree["arm"] = choices["experiment"], choices["attention"]
+    experiment, arm = choices["experiment"], choices["attention"]
+    written = {path.stem for path in (CONFIG_DIR / "arms").glob(f"*_{arm}.yaml")}
+    if written and f"{experiment}_{arm}" not in written:
+        raise ConfigError(
+            f"attention={arm} sets more than attention, for each experiment by itself: write configs/arms/{experiment}_"
+            f"{arm}.yaml, like {min(written)}.yaml there"
+        )
+    tree["experiment"], tree["arm"] = experiment, arm
     if tree.get("name") is None:
-        tree["name"] = f"{choices['experiment']}-{choices['attention']}"
+        tree["name"] = f"{experiment}-{arm}"
     return config_from_tree(tree, processes, on_gpu)
 
 
@@ -104,8 +111,11 @@ def _compose(overrides: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
         cfg.pop("hydra")
         tree = typing.cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=False))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:  # the last: 5,000 digits
-        reason = str(error.__cause__ or error).strip().splitlines()
-        raise ConfigError("the configuration does not compose: " + " ".join(reason[:4])) from error
+        reason = " ".join(str(error.__cause__ or error).strip().splitlines()[:1])
+        raise ConfigError(
+            f"the configuration does not compose: {reason}\nput values with other signs than letters, digits and /_.-: "
+            "into quotes of their own, like \"data.root='/my texts/ä'\""
+        ) from error
     if found := re.search(r"\$\{[^'\"]*", str(tree)):
         raise ConfigError(f"{found[0]} is not allowed: recipes are data; write the value itself")
     return tree, choices
@@ -115,6 +125,8 @@ def _bad_override(text: str) -> str | None:
     key, equals, value = text.partition("=")
     if not equals:
         return f"{text!r} is no key=value; see `nsa-train config` for all keys"
+    if key.partition(".")[0] in FILLED_BY_LOADER and key not in GROUPS:
+        return f"{text!r}: {key} follows from the groups; set attention= or experiment="
     if text[0] in "+~-" or key.startswith("hydra") or "@" in key:
         return f"{text!r}: only plain key=value is accepted"
     if key in GROUPS and value not in options(key):

@@ -79,6 +79,11 @@ class AttentionConfig:
     slc_local: int  # forced: last blocks up to the query's own
     window: int  # [w]   tokens the sliding window sees, the query's own included
 
+    @property
+    def selects_from(self) -> int:
+        """Position in a document, n l', up to which the blocks that a query reads are all that there are."""
+        return self.slc_count * self.slc_block
+
     def problems(self) -> list[str]:
         sizes = ("cmp_block", "cmp_stride", "slc_block", "slc_count", "slc_local", "window")
         found = not_positive(self, *sizes) + negative(self, "slc_init")
@@ -343,7 +348,7 @@ class Config:
             found.append(f"trainer.seq_len={self.trainer.seq_len} leaves nothing to predict; use at least 2")
         if self.parallel.zero_stage == 1 and self.trainer.dtype == "bf16":
             found.append(BF16_AT_STAGE_1)
-        if (needed := self.profile.until_written) > self.trainer.steps:
+        if (needed := self.profile.until_written) > self.trainer.steps > 0:
             found.append(f"trainer.steps={self.trainer.steps} are too few; use {needed} or a lower profile.skip")
         return found
 

@@ -13,7 +13,7 @@ from nsa_train.data.ledger import Ledger
 from nsa_train.data.streams import file_chunks, lines
 from nsa_train.errors import DataError
 
-JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".jsonl.bz2")
+JSONL = tuple(kind + packed for kind in (".jsonl", ".ndjson") for packed in ("", ".gz", ".zst", ".xz", ".bz2"))
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # of the stream format
 TABLE_ROWS = 256  # a row may be a whole book
 
@@ -54,11 +54,12 @@ def file_documents(source: SourceConfig, paths: Sequence[str], ledger: Ledger) -
     """Documents of all files, in the order of `input_files`."""
     for path in input_files(source.root, paths):
         name = path.relative_to(source.root).as_posix()
-        if name.endswith(JSONL):
+        kind = name.lower()
+        if kind.endswith(JSONL):
             documents = _jsonl(path, name, source, ledger)
-        elif name.endswith(".parquet"):
+        elif kind.endswith(".parquet"):
             documents = _table(_parquet_batches(path, name, source.text_field), path, name, source, ledger)
-        elif name.endswith(".arrow"):
+        elif kind.endswith(".arrow"):
             documents = _table(_arrow_batches(path, name, source.text_field), path, name, source, ledger)
         else:
             documents = _plain(path, name)

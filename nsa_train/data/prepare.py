@@ -79,10 +79,11 @@ def prepare(data: DataConfig, vocab: int, progress: Callable[[str], None]) -> Pa
 def _lock(building: Path, progress: Callable[[str], None]) -> IO[str]:
     """Wait for the lock of a building site; closing it, or dying, frees it. Its holder may remove the site."""
     told = False
+    building.parent.mkdir(parents=True, exist_ok=True)
     while True:
         file = None
         try:
-            building.mkdir(parents=True, exist_ok=True)
+            building.mkdir(exist_ok=True)
             file = (building / "lock").open("w")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file.fileno()), (building / "lock").stat()):

@@ -17,7 +17,7 @@ SCHEMA = "nsa-train/corpus/2"
 MANIFEST = "manifest.json"
 FIGURE = "lengths.png"
 SPLIT_FILES = {"tokens.bin": "sha256", "offsets.npy": "offsets_sha256", "sources.npy": "sources_sha256"}
-REMEDY = "delete the folder to prepare again"
+REMEDY = "delete the folder to prepare again if `nsa-train prepare` made it, else name one that it made"
 CHUNK_TOKENS = 1 << 24  # looked at together
 
 
@@ -94,7 +94,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     found = manifest.get("schema") if isinstance(manifest, dict) else None
     if found != SCHEMA:
         raise DataError(f"{path}: schema is {found!r}, not {SCHEMA!r}; {REMEDY}")
-    return manifest
+    try:
+        corpus_hash(manifest)
+        return manifest | {"vocab": int(manifest["vocab"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: damaged ({error!r}); {REMEDY}") from error
 
 
 def corpus_hash(manifest: dict[str, Any]) -> str:
@@ -114,7 +118,7 @@ def _check_digest(path: Path, wanted: str) -> None:
     try:
         found = sha256_of(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the disk and its permissions") from error
     if found != wanted:
         raise DataError(f"{path}: damaged, its sha256 is not the manifest's; {REMEDY}")
 

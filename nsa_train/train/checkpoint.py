@@ -206,6 +206,10 @@ def _digest_of(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
+class OtherVersion(CheckpointError):
+    """Of a checkpoint that is whole, and not of today's SCHEMA."""
+
+
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
@@ -213,11 +217,14 @@ def find_newest_good(folder: Path, identity: str) -> Found | None:
     """The newest checkpoint whose every file has the size and digest of its manifest; None where there is none yet.
 
     A damaged one is named, renamed to `.corrupt` and passed over. CheckpointError if all are damaged, now or in an
-    earlier launch, or if the newest good one belongs to another model.
+    earlier launch, or if the newest good one belongs to another model or another version, StorageError if one cannot be
+    read now: it may be whole.
     """
     for path in complete(folder):
         try:
             manifest = verify(path)
+        except OtherVersion:
+            raise
         except CheckpointError as error:
             runtime.log.warning("damaged checkpoint, trying an older one: %s", error)
             os.rename(path, _free_name(path))
@@ -243,8 +250,13 @@ def verify(path: Path) -> dict[str, Any]:
         files = manifest["files"]
         if manifest.pop("digest") != _digest_of(manifest):
             raise CheckpointError(f"{path / MANIFEST} does not have the digest it names")
-        if manifest["schema"] != SCHEMA or not isinstance(files, dict):
-            raise CheckpointError(f"{path / MANIFEST} is not of schema {SCHEMA}")
+        if manifest["schema"] != SCHEMA:
+            raise OtherVersion(
+                f"{path} is of schema {manifest['schema']}, not {SCHEMA}: another version of nsa_train wrote it; use "
+                "that one, or choose another name="
+            )
+        if not isinstance(files, dict):
+            raise CheckpointError(f"{path / MANIFEST} names no files")
         needed = {BUFFERS, *(SHARD.format(rank) for rank in range(manifest["world_size"]))}
         if missing := sorted(needed - files.keys()):
             raise CheckpointError(f"{path / MANIFEST} does not vouch for {missing[0]}")
@@ -258,8 +270,19 @@ def verify(path: Path) -> dict[str, Any]:
                 raise CheckpointError(f"{path / name} has {size} bytes instead of {known['bytes']}")
             if sha256_of(path / name) != known["sha256"]:
                 raise CheckpointError(f"{path / name} does not have the sha256 of its manifest")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        FileNotFoundError,
+        IsADirectoryError,
+        NotADirectoryError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
+    except OSError as error:
+        place = error.filename or path
+        raise StorageError(f"{place}: cannot be read now ({error.strerror}); nothing was changed") from error
     return manifest
 
 

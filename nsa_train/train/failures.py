@@ -23,7 +23,7 @@ def failure_of(error: BaseException, run_dir: Path) -> BaseException:
     """
     failure = error
     if isinstance(error, OSError) and error.errno in runtime.STORAGE_ERRORS:
-        failure = StorageError(f"{error.filename or 'the disk'}: {error.strerror}; make room there and run again")
+        failure = StorageError(f"{runtime.storage_message(error)} and run again")
     elif isinstance(error, KeyboardInterrupt):
         failure = Interrupted("stopped at once; the same command goes on from the last checkpoint, if there is one")
     agreed = isinstance(error, (Interrupted, DivergedError))  # every rank raises these by itself

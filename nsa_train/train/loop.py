@@ -403,12 +403,11 @@ class _Run:
     def _open_metrics(self) -> Metrics:
         before = self.folder.read_json("manifest.json")
         self.wandb_id = self.wandb_id or before.get("wandb_id") or secrets.token_hex(4)
-        steps, train, attention = self.config.trainer.steps, self.loaders["train"], self.config.attention
-        readable = attention.slc_count * attention.slc_block  # up to there selected blocks are all blocks
+        steps, train, place = self.config.trainer.steps, self.loaders["train"], self.config.attention.selects_from
         manifest = {
             "corpus": {
                 "name": self.facts["name"], "hash": self.facts["hash"], "epochs": train.epochs(steps),
-                "share_past": {str(place): train.share_past(steps - 1, place) for place in (readable, 2 * readable)},
+                "share_past": {str(at): train.share_past(steps - 1, at) for at in (place, 2 * place)},
             },
             "tokenizer_sha256": self.facts["tokenizer_sha256"],
             "common_weights_sha256": common_hash(self.progress.initial_weights),
@@ -430,17 +429,17 @@ class _Run:
         if not self.metrics:
             return
         config, trainer, corpus = self.config, self.config.trainer, self.facts["train"]
-        past = "  ".join(f">={at}: {share:.0%}" for at, share in corpus["share_past"].items())
-        loader = self.loaders["train"]
+        loader, place = self.loaders["train"], config.attention.selects_from
         for line in (
             f"run {self.folder.path}: {config.arm} attention, {self.parameters['total'] / 1e6:.2f}M parameters, "
             f"{self.parameters['active'] / 1e6:.2f}M active, {self.world} x {runtime.device_name()}, "
             f"{str(runtime.dtype_of(trainer.dtype)).removeprefix('torch.')}",
             f"corpus {self.facts['name']} {self.facts['hash'][:12]}: {corpus['documents']} documents, "
-            f"{corpus['tokens']:,} tokens (at in-document position {past})",
+            f"{corpus['tokens']:,} tokens",
             *(
                 f"from step {stage.first_step}: {stage.batch_rows} rows of {stage.seq_len} tokens, "
-                f"{loader.utilisation(stage.first_step):.1%} full"
+                f"{loader.utilisation(stage.first_step):.1%} full, {loader.share_past(stage.first_step, place):.0%} of "
+                f"their tokens past position {place} of a document, where NSA selects"
                 for stage in self.stages
             ),
             f"{trainer.steps} steps, {_epochs(loader.epochs(trainer.steps))}; unigram entropy of the held-out text "

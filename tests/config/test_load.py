@@ -1,11 +1,12 @@
 """From YAML and command line to a checked Config: what composes, what is refused, and in which words."""
 
 import dataclasses
+import shutil
 
 import pytest
 import yaml
 
-from nsa_train.config import schema
+from nsa_train.config import load, schema
 from nsa_train.config.load import CONFIG_DIR, GROUPS, config_from_tree, load_config, options, to_tree, to_yaml
 from nsa_train.errors import ConfigError
 
@@ -166,6 +167,12 @@ def test_one_file_of_a_group_lists_every_key_and_the_others_only_what_differs(gr
             "attention=nsaa: no such option; did you mean nsa?; there are full, full_gated, full_gated_wide, nsa, ",
         ),
         ("experiment=big", "experiment=big: no such option; there are m, paper_27b, r1, r2, tiny"),
+        ("arm=full", "'arm=full': arm follows from the groups; set attention= or experiment="),
+        ("experiment.x=1", "'experiment.x=1': experiment.x follows from the groups"),
+        ("data.paths=[a.txt]", "data.paths=['a.txt'] are not read by kind=stdlib; choose data=files"),
+        ("data.take=5", "data.take=5 is for kind=hub and kind=recall, not kind=stdlib"),
+        ("data.include=[a]", "data.include=['a'] is for kind=tree and kind=tar, not kind=stdlib"),
+        ("data.root=/tmp/ä", "into quotes of their own, like \"data.root='/my texts/ä'\""),
         ("+seed=1", "'+seed=1': only plain key=value is accepted"),
         ("~seed=1", "only plain key=value is accepted"),
         ("hydra.run.dir=x", "only plain key=value is accepted"),
@@ -243,6 +250,10 @@ def test_one_file_of_a_group_lists_every_key_and_the_others_only_what_differs(gr
 )
 def test_a_mistake_is_refused_with_key_value_and_rule(override, words):
     assert words in refusal(override)
+
+
+def test_a_wrong_number_of_steps_is_told_once():
+    assert refusal("trainer.steps=-1").startswith("1 problem")
 
 
 def test_all_problems_are_reported_at_once():
@@ -419,3 +430,12 @@ def test_a_wrong_source_is_named_with_its_key(overrides, message):
 
 def test_a_data_set_of_the_hub_is_no_path_under_the_root():
     assert load_config(["data=fineweb_edu"]).data.paths == ("HuggingFaceFW/fineweb-edu",)
+
+
+def test_an_arm_that_is_written_for_each_experiment_is_refused_where_it_is_not(tmp_path, monkeypatch):
+    folder = tmp_path / "configs"
+    shutil.copytree(load.CONFIG_DIR, folder)
+    shutil.copy(folder / "experiment" / "tiny.yaml", folder / "experiment" / "mine.yaml")
+    monkeypatch.setattr(load, "CONFIG_DIR", folder)
+    assert load_config(["experiment=mine", "attention=full_gated"]).experiment == "mine"
+    assert "write configs/arms/mine_full_gated_wide.yaml" in refusal("experiment=mine", "attention=full_gated_wide")

@@ -167,6 +167,9 @@ def test_a_folder_that_cannot_be_written_is_a_storage_error(small, tmp_path):
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(StorageError, match=r"taken.*set data\.prepared_dir"):
         prepare(dataclasses.replace(small, prepared_dir=str(tmp_path / "taken" / "below")), VOCAB, quiet)
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere" / "scratch")
+    with pytest.raises(StorageError, match=r"gone.*set data\.prepared_dir"):
+        prepare(dataclasses.replace(small, prepared_dir=str(tmp_path / "gone")), VOCAB, quiet)
 
 
 def flip_last_byte(path):

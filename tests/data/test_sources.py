@@ -91,6 +91,7 @@ def test_every_kind_of_file_below_a_folder_is_read_in_sorted_order(data_config, 
     (folder / "e.jsonl.gz").write_bytes(gzip.compress(b'{"text": "from gz') + gzip.compress(b'ip"}') + bytes(512))
     write_arrow(folder / "f.arrow", pyarrow.table({"text": ["from a stream"], "title": ["s"]}))
     write_arrow(folder / "g.arrow", pyarrow.table({"text": ["from a file"], "license": ["MIT"]}), ipc.new_file)
+    write_jsonl(folder / "h.NDJSON", ["from lines"])
     (folder / ".hidden").write_bytes(b"\xff")
     (tmp_path / "held.txt").write_text("held")
     data = data_config(paths=("many",), heldout_paths=("held.txt",))
@@ -103,6 +104,7 @@ def test_every_kind_of_file_below_a_folder_is_read_in_sorted_order(data_config, 
         ("from gzip", "e", "many/deep/e.jsonl.gz:1"),
         ("from a stream", "f", "s"),
         ("from a file", "g", "many/deep/g.arrow: row 1"),
+        ("from lines", "h", "many/deep/h.NDJSON:1"),
     ]
 
 

@@ -1,5 +1,6 @@
 """Checkpoints under attack: killed while being written, damaged on disk, and no room for the next one."""
 
+import errno
 import json
 import os
 import pickle
@@ -169,6 +170,30 @@ def test_every_damage_is_found_and_the_file_is_named(damage, killed, caplog):
     assert f"{folder / 'step_6' / DAMAGES[damage]}" in caplog.text
     assert (folder / "step_6.corrupt").is_dir()
     assert not (folder / "exploded").exists()
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_left_as_it_is(killed, monkeypatch):
+    folder = killed / "checkpoints"
+    identity = json.loads((folder / "step_6" / "manifest.json").read_text())["identity"]
+
+    def failing(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(checkpoint, "sha256_of", failing)
+    with pytest.raises(StorageError, match=r"step_6.*cannot be read now \(Input/output error\); nothing was changed"):
+        find_newest_good(folder, identity)
+    assert (folder / "step_6").is_dir()
+
+
+def test_a_checkpoint_of_another_version_is_left_as_it_is(killed):
+    folder = killed / "checkpoints"
+    path = folder / "step_6" / "manifest.json"
+    manifest = json.loads(path.read_text()) | {"schema": "nsa-train/checkpoint/99"}
+    manifest.pop("digest")
+    path.write_text(json.dumps({**manifest, "digest": checkpoint._digest_of(manifest)}))
+    with pytest.raises(CheckpointError, match=r"step_6 is of schema nsa-train/checkpoint/99.*another version"):
+        find_newest_good(folder, manifest["identity"])
+    assert (folder / "step_6").is_dir()
 
 
 @pytest.mark.process
