@@ -6,12 +6,16 @@ python scripts/corpora.py --check                                  # exit 1 if t
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from nsa_train.data.store import REMEDY, read_manifest
+from nsa_train.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "corpora.json"
@@ -21,11 +25,15 @@ SPLIT_KEYS = ("documents", "tokens", "bytes", "bytes_per_token", "share_in_long"
 
 
 def row(folder: Path) -> dict[str, Any]:
-    """The figures of a prepared corpus."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    facts = json.loads((folder / "preparation.json").read_text())
-    if facts["shards_found"]:
-        raise SystemExit(f"{folder}: its preparation was resumed, so its times are not those of a whole one")
+    """The figures of a prepared corpus. Raises DataError where there is none, or where it was not prepared at once."""
+    manifest = read_manifest(folder)
+    try:
+        facts = json.loads((folder / "preparation.json").read_text())
+        resumed = facts["shards_found"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / 'preparation.json'}: no facts of a preparation ({error!r}); {REMEDY}") from error
+    if resumed:
+        raise DataError(f"{folder}: its preparation was resumed, so its times are not those of a whole one; {REMEDY}")
     splits = {split: {key: manifest[split][key] for key in SPLIT_KEYS} for split in ("train", "heldout")}
     licences = sorted({one for source in manifest["train"]["sources"].values() for one in source["licences"]})
     head = {key: manifest[key] for key in ("name", "hash", "vocab", "tokenizer_sha256", "left_out", "unigram_entropy")}
@@ -64,19 +72,27 @@ TABLES = {"corpora": corpora, "packing": packing}
 
 
 def main() -> int:
-    check, folders = "--check" in sys.argv, [Path(word) for word in sys.argv[1:] if word != "--check"]
-    if folders:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("folders", nargs="*", type=Path, default=[], help="of prepared corpora; default: those measured")
+    what.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args()
+    if args.folders:
         from nsa_train.bench.results import write_result
 
-        write_result("corpora", "corpora", [row(folder) for folder in folders])
+        try:
+            measured = [row(folder) for folder in args.folders]
+        except DataError as error:
+            parser.exit(error.exit_code, f"error: {error}\n")
+        write_result("corpora", "corpora", measured)
     before = PAGE.read_text()
     rows = json.loads(RESULTS.read_text())["rows"]
     after = PLACE.sub(lambda place: place[1] + "".join(f"{line}\n" for line in TABLES[place[2]](rows)), before)
-    if not check:
+    if not args.check:
         PAGE.write_text(after)
     elif before != after:
         print("docs/data.md differs from docs/results/corpora.json: run python scripts/corpora.py", file=sys.stderr)
-    return int(check and before != after)
+    return int(args.check and before != after)
 
 
 if __name__ == "__main__":

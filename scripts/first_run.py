@@ -15,6 +15,9 @@ from typing import Any
 from nsa_train import runtime
 from nsa_train.bench import results
 from nsa_train.bench.runs import train_run
+from nsa_train.config.load import load_config
+from nsa_train.config.rules import SAFE_NAME
+from nsa_train.errors import NsaTrainError
 
 ARMS = ("nsa", "full")
 SUMMARY = ("steps", "tokens", "val_loss_first", "val_loss_last", "unigram_entropy", "params_total", "params_active",
@@ -35,6 +38,16 @@ def one_run(arm: str, processes: int, runs: Path, overrides: list[str]) -> dict[
     }  # fmt: skip
 
 
+def check(machine: str, processes: int, overrides: list[str]) -> None:
+    """Raises NsaTrainError for what the runs would stumble over, before a result of theirs replaces an earlier one."""
+    if not SAFE_NAME.fullmatch(machine):
+        raise NsaTrainError(f"machine {machine!r} may hold letters, digits and . _ - only, 100 at most")
+    if processes < 1:
+        raise NsaTrainError(f"--processes {processes} must be 1 or more")
+    for arm in ARMS:
+        load_config([f"attention={arm}", *overrides], processes, runtime.on_gpu)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("machine", help="name of this kind of machine, such as cpu or h100")
@@ -42,6 +55,10 @@ def main() -> None:
     parser.add_argument("--commit", help="source commit, where the tree is no git checkout")
     parser.add_argument("overrides", nargs="*", help="key=value for all runs")
     args = parser.parse_intermixed_args()
+    try:
+        check(args.machine, args.processes, args.overrides)
+    except NsaTrainError as error:
+        parser.exit(error.exit_code, f"error: {error}\n")
     runtime.share_cores(args.processes)
     with tempfile.TemporaryDirectory() as folder:
         rows = [one_run(arm, args.processes, Path(folder), args.overrides) for arm in ARMS]

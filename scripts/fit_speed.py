@@ -10,15 +10,15 @@ shortest rows on the fewest GPUs. Of an attention file count the fastest dense k
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from nsa_train.bench.figures import totals
+from nsa_train.bench.results import read_result
 from nsa_train.bench.training import settings_of
 from nsa_train.config.load import load_config
 from nsa_train.data.stages import at_stage, stages_of
+from nsa_train.errors import NsaTrainError
 from nsa_train.plan.speed import GPUS, Gpu, fitted, kind_of
 from nsa_train.train.profile import DATA, HOST
 
@@ -53,19 +53,29 @@ def of_attention(gpu: Gpu, rows: list[dict[str, Any]]) -> dict[str, dict[int, fl
 OF = {"training": of_training, "attention": of_attention}
 
 
-def main() -> int:
+def show(path: Path) -> None:
+    """Raises NsaTrainError where it is no result of a benchmark in `OF`, or of a GPU that is not in the table."""
+    bench = path.name.partition("_")[0]
+    if bench not in OF:
+        raise NsaTrainError(f"{path}: its name must begin with {' or '.join(f'{name}_' for name in OF)}")
+    result = read_result(path, bench, "file", f"nsa-train bench {bench}")
+    kind = kind_of(result["device"]["name"])
+    if kind is None:
+        raise NsaTrainError(f"{path}: add {result['device']['name']} to nsa_train/plan/speed.py first")
+    print(f"# {result['device']['name']}, {result['date']}, {(result['commit'] or '-')[:7]}: {result['command']}")
+    for part, shares in OF[bench](GPUS[kind], result["rows"]).items():
+        print(f'"{part}": {{{", ".join(f"{size}: {share:.3f}" for size, share in sorted(shares.items()))}}},')
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="training_<gpu>.json, attention_<gpu>.json")
-    for path in parser.parse_args().files:
-        result = json.loads(path.read_text())
-        kind = kind_of(result["device"]["name"])
-        if kind is None:
-            sys.exit(f"{path}: {result['device']['name']} is not in nsa_train/plan/speed.py")
-        print(f"# {result['device']['name']}, {result['date']}, {(result['commit'] or '-')[:7]}: {result['command']}")
-        for part, shares in OF[result["schema"].split("/")[1]](GPUS[kind], result["rows"]).items():
-            print(f'"{part}": {{{", ".join(f"{size}: {share:.3f}" for size, share in sorted(shares.items()))}}},')
-    return 0
+    try:
+        for path in parser.parse_args().files:
+            show(path)
+    except NsaTrainError as error:
+        parser.exit(error.exit_code, f"error: {error}\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -28,6 +28,7 @@ from nsa_train.data.loader import Loader
 from nsa_train.data.prepare import prepare
 from nsa_train.data.stages import stages_of
 from nsa_train.data.store import TokenStore
+from nsa_train.errors import NsaTrainError
 from nsa_train.parallel.engine import start_processes, stop_processes
 from nsa_train.train.evaluate import evaluate
 
@@ -120,6 +121,21 @@ def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def check(args: argparse.Namespace, cases: list[Case], rest: list[str]) -> None:
+    """Raises NsaTrainError for what would be found wrong only after runs have started."""
+    if args.at_once < 1:
+        raise NsaTrainError(f"--at-once {args.at_once} must be 1 or more")
+    if args.steps < SMOOTHED_STEPS:
+        raise NsaTrainError(f"--steps {args.steps} must be {SMOOTHED_STEPS} or more, over which losses are smoothed")
+    for case in cases:
+        if case[0] not in PRESETS:
+            raise NsaTrainError(f"there is no preset {case[0]!r} here; there are {', '.join(PRESETS)}")
+        load_config(settings(case, Path("runs"), rest))
+    if not runtime.on_gpu():
+        raise NsaTrainError("no CUDA device here; it compares runs on the kernels, which need one")
+    results.make_folder(args.out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("presets", nargs="*", default=list(PRESETS))
@@ -132,6 +148,10 @@ def main() -> None:
     args = parser.parse_args()
     rest = [f"trainer.steps={args.steps}", f"optim.lr={args.lr}"]
     cases = [(preset, way, seed) for preset in args.presets for way in WAYS for seed in args.seeds]
+    try:
+        check(args, cases, rest)
+    except NsaTrainError as error:
+        parser.exit(error.exit_code, f"error: {error}\n")
     rows: dict[Case, dict[str, Any]] = {}
     name = f"loss_parity_{results.gpu_label()}"
 

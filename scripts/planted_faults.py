@@ -9,6 +9,7 @@ A fault that no test sees, and a test that no fault turns red, are named at the 
 # ruff: noqa: E501  (a fault a line)
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -110,8 +111,13 @@ FAULTS = (
 
 
 def main() -> int:
-    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", default="", help="or a part of it; default: all")
+    wanted = parser.parse_args().name
     chosen = [fault for fault in FAULTS if any(wanted in name for name in (fault.file, *fault.tests))]
+    if not chosen:
+        there = sorted({name for fault in FAULTS for name in (fault.file, *fault.tests)})
+        parser.error(f"no fault is of a file, or for a test, with {wanted!r} in its name; there are {', '.join(there)}")
     rows, seen = [], set()
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place)

@@ -9,19 +9,16 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch_common.sh"
 hostfile='' port=29500
 while [ $# -gt 0 ]; do
     case $1 in
-        --dry-run) dry_run=yes ;;
-        --hostfile) hostfile=$2 && shift ;;
-        --port) port=$2 && shift ;;
-        *) break ;;
+        --hostfile) given "$@" && hostfile=$2 && shift ;;
+        --port) whole 1 "$@" && port=$2 && shift ;;
+        *) option "$1" || break ;;
     esac
     shift
 done
 read -r nodes processes < <(awk -F 'slots=' '!/^ *#/ && NF > 1 { m++; n += $2 } END { print m + 0, n + 0 }' \
     "${hostfile:-/dev/null}" 2> /dev/null)
-if [ "${processes:-0}" = 0 ]; then
-    echo "error: --hostfile '$hostfile' names no node; it needs a line like 'worker-1 slots=8' for each" >&2
-    exit 2
-fi
+[ "${processes:-0}" != 0 ] ||
+    refuse "--hostfile '$hostfile' names no node; it needs a line like 'worker-1 slots=8' for each"
 
 check "$processes" "$@"
 options=(--hostfile "$hostfile" --master_port "$port")

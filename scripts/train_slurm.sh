@@ -14,10 +14,16 @@
 # Five minutes before its time ends, or when it is preempted, the run writes a checkpoint and ends with 75. Then, and
 # after a hang (19), the job puts itself into the queue again and goes on; any other end is final, and so is the third
 # launch in a row that has left no new checkpoint.
-source "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}/scripts/launch_common.sh"
-[ "${1:-}" != --dry-run ] || { dry_run=yes && shift; }
+source "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}/scripts/launch_common.sh" || {
+    echo "error: start it with sbatch from the checkout's root, not from ${SLURM_SUBMIT_DIR:-here}" >&2
+    exit 2
+}
+while [ $# -gt 0 ] && option "$1"; do shift; done
 
-check "${SLURM_NTASKS:-8}" "$@"
+processes=${SLURM_NTASKS:-8}
+whole 1 SLURM_NTASKS "$processes"
+check "$processes" "$@"
+[ -n "$dry_run${SLURM_JOB_NODELIST:-}" ] || refuse "this is no Slurm job; start it with sbatch, --help shows how"
 # Expanded by each task.
 # shellcheck disable=SC2016
 as_rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"'

@@ -10,19 +10,16 @@ gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU')
 processes=$((gpus ? gpus : 1)) nodes=1 head= restarts=0
 while [ $# -gt 0 ]; do
     case $1 in
-        --dry-run) dry_run=yes ;;
-        --processes) processes=$2 && shift ;;
-        --nodes) nodes=$2 && shift ;;
-        --head) head=$2 && shift ;;
-        --restarts) restarts=$2 && shift ;;
-        *) break ;;
+        --processes) whole 1 "$@" && processes=$2 && shift ;;
+        --nodes) whole 1 "$@" && nodes=$2 && shift ;;
+        --head) given "$@" && head=$2 && shift ;;
+        --restarts) whole 0 "$@" && restarts=$2 && shift ;;
+        *) option "$1" || break ;;
     esac
     shift
 done
-if [ "$nodes" != 1 ] && [ -z "$head" ]; then
-    echo "error: --nodes $nodes needs --head HOST:PORT, where they meet" >&2
-    exit 2
-fi
+[ "$nodes" = 1 ] || [[ $head =~ .:[0-9]+$ ]] ||
+    refuse "--nodes $nodes needs --head HOST:PORT, where they meet, not '$head'"
 
 check $((nodes * processes)) "$@"
 meet=(--standalone)

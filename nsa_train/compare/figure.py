@@ -34,44 +34,47 @@ def plot_comparison(rows: list[Row], path: Path) -> None:
     runs = [row for row in rows if row["what"] == "run"]
     differences = [row for row in rows if row["what"] == "difference" and row["baseline"] == head["baseline"]]
     colour = {arm: f"C{i}" for i, arm in enumerate(arms)}
-    figure, axes = plt.subplots(2, 5, figsize=(24, 9), dpi=90)
+    figure, axes = plt.subplots(3, 3, figsize=(15, 13.5), dpi=90)
     late = [point["loss"] for run in runs for point in _shown(head, run, FLAT_UNTIL)]
     margin = 0.05 * (max(late) - min(late)) + 0.01
     low, high = min(late) - margin, max(late) + margin
-    for place, (key, label) in zip(axes[0][:3], AXES, strict=True):
+    for place, (key, label) in zip(axes[0], AXES, strict=True):
         _curves(place, [run for run in runs if key != "seconds" or run["alone_tokens_per_s"]], runs, key, colour)
         if head["unigram_entropy"] < high:
             place.axhline(head["unigram_entropy"], color="gray", lw=1, label="unigram entropy")
-        place.set(xlabel=label, ylabel="validation loss (rows of each seed)", ylim=(low, high))
-    for place, since in ((axes[0][3], FLAT_UNTIL), (axes[0][4], LATE_FROM)):
+        place.set(title=f"validation loss over {key}", xlabel=label, ylabel="nats, rows of each seed", ylim=(low, high))
+    leads = [(axes[1][0], FLAT_UNTIL, "along the run")]
+    leads += [] if head["steps_before"] else [(axes[1][1], LATE_FROM, "in its last quarter")]
+    for place, since, when in leads:
         _leads(place, head, runs, colour, since)
-    for place, (kind, label) in zip(axes[1][:2], CUTS, strict=True):
+        place.set(title=f"validation loss minus that of {head['baseline']}, {when}", xlabel="tokens", ylabel="nats")
+    for place, (kind, label) in zip(axes[2], CUTS, strict=False):
         _differences(place, [d for d in differences if d["cut"].startswith(kind) and "+" not in d["cut"]], colour)
         interval = ", 95% interval" if any(map(_enough, differences)) else ""
         place.axhline(0, color=colour[head["baseline"]], lw=1)
-        place.set(xlabel=label, ylabel=f"loss of text minus that of {head['baseline']}{interval}")
+        place.set(title=f"held-out text minus {head['baseline']}, by {kind}{interval}", xlabel=label, ylabel="nats")
+    ends, copying = axes[1][2], axes[2][2]
     for run in (run for run in runs if run["text_loss"] is not None):
         look = {"color": colour[run["arm"]], "marker": _of(MARKS, run), "ls": ""}
-        axes[1][2].plot(arms.index(run["arm"]), run["text_loss"], **look)
+        ends.plot(arms.index(run["arm"]), run["text_loss"], **look)
         if run["tokens_to_copying"] is not None:
-            axes[1][3].plot(run["tokens_to_copying"], run["text_loss"], **look)
-    axes[1][2].set_xticks(range(len(arms)), arms, rotation=30)
-    axes[1][2].set(ylabel="held-out loss of text at the end, each seed")
-    _or_words(axes[1][3], "no run learnt to copy after its start")
-    axes[1][3].set(xlabel="tokens to copying", ylabel="held-out loss of text at the end")
+            copying.plot(run["tokens_to_copying"], run["text_loss"], **look)
+    ends.set_xticks(range(len(arms)), arms, rotation=20)
+    ends.set(title="held-out text at the end, each seed", ylabel="loss, nats")
+    _or_words(copying, "no run learnt to copy after its start")
+    copying.set(title="the same, and when the run learnt to copy", xlabel="tokens to copying", ylabel="loss, nats")
     for place in axes.flat:
         place.grid(alpha=0.3)
-    for place in (place for place in (axes[0][0], axes[0][1], axes[0][3], axes[0][4], axes[1][3]) if place.lines):
+        place.axis("on" if place.has_data() or place.texts else "off")
+    for place in (place for place in (*axes[0][:2], *axes[1][:2], copying) if place.lines):
         place.xaxis.set_major_formatter(EngFormatter())
         place.xaxis.set_major_locator(MaxNLocator(5))
     for run in {run["seed"]: run for run in runs}.values():
-        axes[1][4].plot([], [], color="gray", ls=_of(LINES, run), marker=_of(MARKS, run), label=f"seed {run['seed']}")
-    axes[1][4].legend(loc="center")
-    axes[1][4].axis("off")
+        axes[0][0].plot([], [], color="gray", ls=_of(LINES, run), marker=_of(MARKS, run), label=f"seed {run['seed']}")
     axes[0][0].legend()
     about = f"{head['experiment']}, {head['tokens']:,} tokens, corpus {head['corpus']['hash'][:12]}"
     figure.suptitle(f"{about}: {head['reached']}")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.99))
     save_figure(figure, path)
 
 
@@ -92,7 +95,6 @@ def _leads(place: Axes, head: Row, runs: list[Row], colour: dict[str, str], sinc
         at, ours = ([point[key] for point in _shown(head, run, since)] for key in ("tokens", "loss"))
         place.plot(at, ours - np.interp(at, tokens, theirs), color=colour[run["arm"]], ls=_of(LINES, run), lw=1)
     place.axhline(0, color=colour[head["baseline"]], lw=1)
-    place.set(xlabel="tokens", ylabel=f"validation loss minus that of {head['baseline']}, seed by seed")
 
 
 def _differences(place: Axes, differences: list[Row], colour: dict[str, str]) -> None:

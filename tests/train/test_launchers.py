@@ -321,14 +321,64 @@ def test_a_launcher_refuses_a_wrong_configuration_before_anything_starts(name, w
     ("command", "said"),
     [
         (launcher("torchrun", "--nodes", 2), "--nodes 2 needs --head"),
+        (launcher("torchrun", "--nodes", 2, "--head", "one"), "needs --head HOST:PORT, where they meet, not 'one'"),
         (launcher("deepspeed"), "--hostfile '' names no node"),
         (launcher("deepspeed", "--hostfile", "/nowhere"), "--hostfile '/nowhere' names no node"),
+        (launcher("slurm", "trainer.steps=1"), "this is no Slurm job; start it with sbatch"),
+        *((launcher("torchrun", option), f"{option} needs a value") for option in ("--processes", "--nodes", "--head")),
+        *((launcher("deepspeed", option), f"{option} needs a value") for option in ("--hostfile", "--port")),
+        (launcher("torchrun", "--processes", 0), "--processes '0' must be a whole number from 1 to 65535"),
+        (launcher("torchrun", "--processes", -1), "--processes '-1' must be a whole number from 1"),
+        (launcher("torchrun", "--processes", "08"), "--processes '08' must be a whole number from 1"),
+        (launcher("torchrun", "--nodes", "x"), "--nodes 'x' must be a whole number from 1"),
+        (launcher("torchrun", "--restarts", "x"), "--restarts 'x' must be a whole number from 0"),
+        (launcher("deepspeed", "--port", 65536), "--port '65536' must be a whole number from 1"),
+        *((launcher(name, "--nice"), "there is no option '--nice'") for name in ("torchrun", "deepspeed", "slurm")),
     ],
 )
 def test_a_launcher_says_what_it_lacks(command, said):
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    refused(command, said)
+
+
+def refused(command, said, **variables):
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | variables)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr
+    assert "unbound" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("SLURM_NTASKS", "x", "SLURM_NTASKS 'x' must be a whole number"),
+        ("SLURM_SUBMIT_DIR", "/nowhere", "start it with sbatch from the checkout's root, not from /nowhere"),
+        ("PYTHON", "/bin/true", "/bin/true names no run folder"),
+    ],
+)
+def test_a_launcher_refuses_an_environment_in_which_it_cannot_know_the_run(variable, value, said):
+    refused(launcher("slurm", "--dry-run"), said, **{variable: value})
+
+
+@pytest.mark.parametrize("name", ["torchrun", "deepspeed", "slurm"])
+def test_launcher_options_stand_before_the_words_of_the_run(name, words, tmp_path):
+    refused(launcher(name, "--dry-run", *options_of(name, tmp_path), *words, "--dry-run"), "stand before key=value")
+
+
+@pytest.mark.parametrize("name", ["torchrun", "deepspeed", "slurm"])
+def test_a_launcher_asked_for_help_shows_its_line_and_starts_nothing(name):
+    done = subprocess.run(launcher(name, "--help"), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"scripts/train_{name}.sh" in done.stdout
+    assert "[key=value ...]" in done.stdout
+    assert "SBATCH" not in done.stdout
+    assert "starting" not in done.stdout
+
+
+def test_the_logs_of_a_run_without_runs_dir_lie_beside_it(words, tmp_path):
+    """Not in the root of the file system."""
+    command = launcher("torchrun", "--dry-run", "--processes", 1)
+    done = subprocess.run([*command, *words, "runs_dir="], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("log: run/logs/")
 
 
 @pytest.mark.parametrize(
