@@ -149,9 +149,10 @@ class Case:
             parts[name, "bwd"] = partial(self.backward, name)
         return {("nsa_train", name, direction): function for (name, direction), function in parts.items()}
 
-    def dense(self, backends: tuple[str, ...]) -> dict[Key, Timed]:
-        """Full attention on the same q and the selected branch's keys."""
+    def dense(self, backends: tuple[str, ...]) -> tuple[dict[Key, Timed], dict[str, str]]:
+        """Full attention on the same q and the selected branch's keys; and of kernels that fail, why."""
         timed: dict[Key, Timed] = {}
+        failed: dict[str, str] = {}
         for backend in backends:
             if backend in ("flash", "varlen") and self.shape.Dv < self.shape.D:
                 continue  # FlashAttention-2 takes equal widths only
@@ -159,11 +160,16 @@ class Case:
                 continue
             name = backend if backend == "flash4" else f"torch-{backend}"
             forward = partial(dense_attention, self.q, *self.slc, self.packing.lengths, backend=backend)
+            try:
+                o = forward()
+            except (RuntimeError, ValueError) as error:
+                failed[name] = str(error)[:300]
+                continue
             timed[name, "dense", "fwd"] = forward
             timed[name, "dense", "bwd"] = partial(
-                torch.autograd.grad, forward(), (self.q, *self.slc), self.do, retain_graph=True
+                torch.autograd.grad, o, (self.q, *self.slc), self.do, retain_graph=True
             )
-        return timed
+        return timed, failed
 
     def peak_gib(self) -> float:
         """Peak of one forward and backward pass of the op, its inputs and gradients included."""
@@ -213,13 +219,15 @@ def rows_of(
             blocks = index_set(indices, packing, shape.Hk, SPEC, device)
         case = Case(shape, packing, blocks)
         ours = case.ours()
-        dense = case.dense(backends)
+        dense, failed = case.dense(backends)
         peak = case.peak_gib()
         errors = case.relative_errors() if check else {}
         times = take_turns(ours | dense, seconds, max_turns=50)
     except (RuntimeError, ValueError) as error:
-        return [{**head, "impl": "nsa_train", "part": "op", "indices": indices, "error": str(error)[:300]}]
-    rows = []
+        of = {"impl": "nsa_train", "part": "op", "pass": None, "indices": indices}
+        return [{**head, **of, "error": str(error)[:300]}]
+    rows = [{"impl": impl, "part": "dense", "pass": None, **head, "indices": None, "error": error}
+            for impl, error in failed.items()]  # fmt: skip
     for (impl, name, direction), ms in times.items():
         row = {"impl": impl, "part": name, "pass": direction, **head, "indices": None if name == "dense" else indices}
         row |= spread(ms)
