@@ -25,6 +25,10 @@ from nsa_train.compare.speeds import Speeds
 from nsa_train.config.schema import Config
 from nsa_train.errors import ConfigError, NsaTrainError, RunFolderError
 
+OF_GATES = {  # in every row of theirs
+    "experiment": str, "arm": str, "gate": str, "passed": bool, "found": str, "demanded": str, "device": str,
+}  # fmt: skip
+
 
 def main(arguments: list[str]) -> int:
     """Compare and write the report, or run the gates, or keep runs; the exit code."""
@@ -119,6 +123,10 @@ def read_gates(paths: Sequence[Path], configs: Sequence[Config]) -> list[dict[st
 
 def _gates(path: Path, experiment: str) -> list[dict[str, Any]]:
     rows = results.read_result(path, "gates", "--gates", "`nsa-train compare gates`")["rows"]
+    if not all(isinstance(row, dict) and all(isinstance(row.get(k), t) for k, t in OF_GATES.items()) for row in rows):
+        raise NsaTrainError(
+            f"--gates {path}: rows must be objects, each with {', '.join(OF_GATES)}; run the gates again"
+        )
     if others := {row["experiment"] for row in rows} - {experiment}:
         raise NsaTrainError(f"--gates {path}: of {', '.join(sorted(others))}, but the runs are of {experiment}")
     return rows

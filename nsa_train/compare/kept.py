@@ -29,7 +29,7 @@ from nsa_train import runtime
 from nsa_train.config import schema
 from nsa_train.config.load import to_tree
 from nsa_train.errors import RunFolderError, StorageError
-from nsa_train.train.answers import added
+from nsa_train.train.answers import added, rows_in
 from nsa_train.train.folder import complete_config
 from nsa_train.train.heldout import HeldOut
 
@@ -51,9 +51,9 @@ def save(path: Path, parts: dict[str, Any]) -> bool:
     plain |= {"heldout": _lists(parts["heldout"]), **{key: _rounded(parts[key]) for key in ROUNDED}}
     now = json.loads(json.dumps(plain))
     if path.exists():
-        before = _read(path)
-        before["config"] = _without_places(to_tree(complete_config(before["config"], path)))  # keys may have come since
-        now["evaluations"] = added(before.get("evaluations", []), now["evaluations"])
+        config = load(path)["config"]  # complete: keys may have come since
+        before = {**_read(path), "config": _without_places(to_tree(config))}
+        now["evaluations"] = added(before["evaluations"], now["evaluations"])
         if before == now:
             return False
         if {**before, "evaluations": now["evaluations"]} != now:
@@ -90,8 +90,9 @@ def load(path: Path) -> dict[str, Any]:
     found = _read(path)
     try:
         parts = {key: found[key] for key in PARTS}
+        parts["evaluations"] = rows_in(found, "evaluations")
         return parts | {"config": complete_config(parts["config"], path), "heldout": _arrays(parts["heldout"])}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise RunFolderError(f"{path}: something is missing ({error}); keep the run again") from error
 
 

@@ -94,7 +94,8 @@ ABOUT_SECONDARY = (
 ABOUT_RUNS = (
     "Tokens to copying: where the model uses the context, a document's last tokens have a lower loss than its first "
     "ones, and far lower once it has learnt to copy from it; this is when half of that rise has come, between "
-    "validations on a straight line. `-`: there is hardly any, or it was there from the start."
+    "validations on a straight line. `-`: there is hardly any, it was there from the start, or the loss ends no lower "
+    "than word frequencies alone reach, the unigram entropy."
 )
 
 
@@ -341,7 +342,7 @@ def _runs(runs: list[Row]) -> Iterator[str]:
         (r["name"], r["arm"], r["seed"], f"{r['lr']:.2e}",
          *(_number(r[key]) for key in ("text_loss", "loss", "mixture_loss")),
          "not reached" if r["tokens_to_baselines_loss"] is None else f"{r['tokens_to_baselines_loss']:,.0f}",
-         "-" if r["tokens_to_copying"] is None else f"{r['tokens_to_copying'] / 1e6:.3g}M",
+         "-" if r["tokens_to_copying"] is None else f"{r['tokens_to_copying']:,.0f}",
          *((f"{r['seconds']:,.0f} s", f"{alone:,.0f}") if (alone := r["alone_tokens_per_s"]) else ("shared",) * 2),
          "replayed" if r["cuda_graphs"] else "-",
          r["skipped_steps"], r["device"],

@@ -39,9 +39,11 @@ class Rates:
         """Raises NsaTrainError where there is none."""
         try:
             rows = results.read_result(path, "sweep", "--rates", "a sweep of scripts/compare_arms.py")["rows"]
-            return Rates(path, {row["arm"]: {"losses": {}, **row, "lr": float(row["lr"])} for row in rows})
-        except (ValueError, KeyError, TypeError) as error:
-            raise NsaTrainError(f"--rates {path}: rows without arm and rate ({error!r}); sweep again") from error
+            return Rates(path, {row["arm"]: {**row, "lr": float(row["lr"]), "losses": _losses(row)} for row in rows})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise NsaTrainError(
+                f"--rates {path}: rows without arm, rate and losses ({error!r}); sweep again"
+            ) from error
 
     def swept(self, arm: str) -> str:
         """The arm whose rate this one takes: itself where it was swept, or the one that it ablates."""
@@ -99,3 +101,8 @@ class Rates:
             return [f"  {arm}: what the sweep set is no configuration of today; sweep again ({error})"]
         differ = differing(kept.recipe(there), kept.recipe(load_config([*overrides, word])), OF_SWEEPS)
         return [f"  {arm}: {key}={a!r} in the sweep, {b!r} now" for key, (a, b) in differ.items()]
+
+
+def _losses(row: dict[str, Any]) -> dict[str, float | None]:
+    """Of a sweep's row, by rate: None where it diverged. Raises where anything there is no number."""
+    return {str(float(lr)): None if loss is None else float(loss) for lr, loss in row.get("losses", {}).items()}

@@ -70,7 +70,7 @@ def _setting(arms: Arms) -> dict[str, Any]:
     run = arms.all[0]
     trainer, heldout = run.config.trainer, run.heldout
     return {
-        "experiment": run.config.experiment, "baseline": arms.baseline, "corpus": run.manifest["corpus"],
+        "experiment": run.config.experiment, "baseline": arms.baseline, "corpus": run.corpus,
         "unigram_entropy": run.summary["unigram_entropy"], "steps": trainer.steps,
         "row_tokens": [stage.seq_len for stage in stages_of(run.config)],
         "batch_tokens": trainer.seq_len * trainer.batch_rows, "tokens": run.summary["tokens"],
@@ -168,11 +168,14 @@ def tokens_to_copying(run: Run) -> float | None:
     How much it uses it is the loss of a document's first tokens minus that of its last ones, which stays low until the
     model learns to copy what stood before in the document (the in-context learning score of Olsson et al.,
     arXiv 2209.11895) and then rises in a small part of the run. The rise is counted from the lowest value. None where
-    it is less than LEAST_RISE, or half of it was there from the start, as in a run that goes on from another.
+    it is less than LEAST_RISE, half of it was there from the start, as in a run that goes on from another, or the
+    model ends no better than word frequencies alone: what changes in such a one is no copying.
     """
+    if run.config.init_from or run.curve[-1][1] >= run.summary["unigram_entropy"]:
+        return None
     told = [row["by_position"] for row in run.of("val")]
     shared = [bucket for bucket in told[0] if all(losses.get(bucket) is not None for losses in told)]
-    if run.config.init_from or len(shared) < 2:
+    if len(shared) < 2:
         return None
     first, last = shared[0], shared[-1]
     unused = [(row["tokens"], row["by_position"][last] - row["by_position"][first]) for row in run.of("val")]

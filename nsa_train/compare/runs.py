@@ -19,6 +19,7 @@ from nsa_train.config import schema
 from nsa_train.data.stages import stages_of
 from nsa_train.errors import ConfigError, NsaTrainError, RunFolderError
 from nsa_train.plan.flops import training_flops
+from nsa_train.train.answers import read_answers
 from nsa_train.train.folder import FREE_KEYS, differing, read_config
 from nsa_train.train.heldout import HELDOUT, HeldOut
 from nsa_train.train.metrics import METRICS, read_metrics
@@ -30,7 +31,16 @@ ARM_KEYS = (
     "attention.branches", "attention.gate", "attention.phi", "attention.shared_kv", "attention.selection",
     "moe.expert_width",
 )  # fmt: skip
-PROOFS = ("corpus", "rows_fingerprint", "initial_weights_sha256")  # of the manifest
+# What a comparison takes from each run, beside what older ones may lack.
+FACTS = {
+    "manifest": ("corpus", "rows_fingerprint", "initial_weights_sha256", "device", "world_size", "commit", "versions"),
+    "corpus": ("name", "hash", "epochs", "share_past"),
+    "summary": ("steps", "tokens", "params_total", "params_active", "unigram_entropy", "skipped_steps"),
+}
+FIGURES = {  # of rows of metrics.jsonl, by `split`
+    "train": ("tokens", "tokens_per_s", "mem_gib", "load_peak"),
+    "val": ("step", "tokens", "loss", "by_position", "layers"),
+}
 
 
 @dataclass(frozen=True)
@@ -53,8 +63,11 @@ class Run:
 
     @staticmethod
     def read(path: Path) -> Run:
-        """Raises RunFolderError where there is no run, or an unfinished one."""
-        return Run(path, **kept.load(path)) if path.is_file() else Run._of_folder(path)
+        """Raises RunFolderError where there is no run, an unfinished one, or one of which something is lost."""
+        run = Run(path, **kept.load(path)) if path.is_file() else Run._of_folder(path)
+        if lack := run._lack():
+            raise RunFolderError(f"{path}: {lack}; copy it from where it is whole, or train again")
+        return run
 
     @staticmethod
     def _of_folder(folder: Path) -> Run:
@@ -63,10 +76,21 @@ class Run:
             steps = f", {summary['steps']} steps taken" if "steps" in summary else ""
             raise RunFolderError(f"{folder}: the run is not finished ({summary.get('status', 'running')}{steps})")
         config, manifest, rows = read_config(folder), _json(folder / "manifest.json"), read_metrics(folder / METRICS)
-        if missing := [key for key in PROOFS if key not in manifest]:
-            raise RunFolderError(f"{folder / 'manifest.json'}: says nothing of {', '.join(missing)}; train again")
-        evaluations = [row for path in sorted((folder / "eval").glob("*.json")) for row in _json(path).get("rows", [])]
+        evaluations = [row for path in sorted((folder / "eval").glob("*.json")) for row in read_answers(path)]
         return Run(folder, config, manifest, summary, rows, HeldOut.load(folder / HELDOUT), evaluations)
+
+    def _lack(self) -> str | None:
+        """What is missing of what a comparison reads, if anything is."""
+        for name, keys in FACTS.items():
+            if missing := _missing(getattr(self, name), keys):
+                return f"its {name} says nothing of {', '.join(missing)}"
+        for row in self.rows if isinstance(self.rows, list) else [None]:
+            if missing := _missing(row, ("split",)) or _missing(row, FIGURES.get(str(row["split"]), ())):
+                return f"its metrics have a row without {', '.join(missing)}"
+        last = (self.of("val") or [{}])[-1]
+        if not self.of("train") or last.get("step") != self.summary["steps"] or last.get("loss") is None:
+            return f"its metrics lack training, or the held-out loss after the last step, {self.summary['steps']}"
+        return None
 
     def keep(self, folder: Path) -> tuple[Path, bool]:
         """The file in `folder` that keeps the run, and whether it had to be written. Raises as `kept.save`.
@@ -95,6 +119,10 @@ class Run:
     @property
     def seed(self) -> int:
         return self.config.seed
+
+    @property
+    def corpus(self) -> dict[str, Any]:
+        return self.manifest["corpus"]
 
     @property
     def lineage(self) -> list[dict[str, Any]]:
@@ -183,6 +211,11 @@ class Run:
         return float(np.interp(tokens, at, spent))
 
 
+def _missing(found: Any, keys: Sequence[str]) -> list[str]:
+    """Which keys plain data does not have: all of them where it is no object."""
+    return [key for key in keys if not isinstance(found, dict) or key not in found]
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
@@ -248,7 +281,7 @@ def _baseline(runs: Sequence[Run]) -> str:
 def _one_corpus(runs: Sequence[Run]) -> Iterator[str]:
     first = runs[0]
     for run in runs[1:]:
-        ours, theirs = run.manifest["corpus"]["hash"], first.manifest["corpus"]["hash"]
+        ours, theirs = run.corpus["hash"], first.corpus["hash"]
         if ours != theirs:
             yield f"{run.path}: corpus {ours[:12]}, but {first.path} read {theirs[:12]}"
 
@@ -273,11 +306,15 @@ def _one_recipe(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _as_far(runs: Sequence[Run]) -> Iterator[str]:
-    """Runs of all seeds begin afresh, or go on from runs of as many steps."""
+    """Runs of all seeds start afresh, or go on from runs of as many steps."""
     first = runs[0]
     for run in runs[1:]:
         if run.steps_before != first.steps_before:
-            yield f"{run.path}: goes on from {run.steps_before} steps, but {first.path} from {first.steps_before}"
+            yield f"{run.path}: {_began(run)}, but {first.path} {_began(first)}"
+
+
+def _began(run: Run) -> str:
+    return f"goes on from {run.steps_before} steps" if run.steps_before else "starts afresh"
 
 
 def _paired_seeds(runs: Sequence[Run]) -> Iterator[str]:
@@ -303,15 +340,16 @@ def _same_rows_and_weights(runs: Sequence[Run]) -> Iterator[str]:
     Runs that go on from others (`init_from`) are alike when those are.
     """
     first: dict[int, Run] = {}
-    sampled: dict[tuple[int, int], tuple[str, Run]] = {}  # of a seed and a place in the lineage; older runs have none
+    sampled: dict[tuple[Any, ...], tuple[str, Run]] = {}  # of as many steps of one plan; older runs have none
     weights: dict[int, dict[str, str]] = {}  # of a seed, by name and shape, whichever arm had them first
     for run in runs:
         other, known = first.setdefault(run.seed, run), weights.setdefault(run.seed, {})
         if run.rows_read != other.rows_read:
             yield f"{run.path}: other rows in another order than {other.path}, though both have seed {run.seed}"
-        for place, one in enumerate(run.lineage):
+        taken = [run.config.trainer.steps, *reversed(run.steps_before)]
+        for place, (one, steps) in enumerate(zip(run.lineage, taken, strict=True)):
             if sample := one.get("rows_sample_sha256"):
-                expected, by = sampled.setdefault((run.seed, place), (sample, run))
+                expected, by = sampled.setdefault((place, one.get("rows_fingerprint"), steps), (sample, run))
                 if sample != expected:
                     yield f"{run.path}: other tokens in its rows than {by.path}: their commits make rows in other ways"
         ours = run.drawn_weights

@@ -26,6 +26,8 @@ FREE = (
     "trainer.keep_checkpoints", "trainer.export", "parallel.timeout_s", "parallel.hang_s",
 )  # fmt: skip
 
+ODD = (KeyError, TypeError, ValueError, AttributeError, ConfigError)  # what a row raises that tells no speed
+
 
 class Speed(NamedTuple):
     """What a row of the benchmark says: the run behind it, tokens per second, and whether CUDA graphs were replayed."""
@@ -37,8 +39,8 @@ class Speed(NamedTuple):
 
     @staticmethod
     def of_row(row: dict[str, Any]) -> Speed:
-        """Raises KeyError or ConfigError where the row was written before a key of today."""
-        return Speed(load_config(settings_of(row)), row["gpus"], row["tokens_per_s"], row["cuda_graphs"])
+        """Raises one of ODD where the row failed, was written before a key of today, or is no such row."""
+        return Speed(load_config(settings_of(row)), row["gpus"], float(row["tokens_per_s"]), row["cuda_graphs"])
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,17 @@ class Speeds:
     def read(path: Path, runs: Sequence[Run]) -> Speeds:
         """Raises NsaTrainError where the file has no speed of any run that shared its device.
 
-        Rows that failed, or were written before a key of today, are left out.
+        Rows that tell no speed are left out.
         """
         result = results.read_result(path, "training", "--speeds", "`nsa-train bench training`")
         found = []
         for row in result["rows"]:
             try:
                 found.append(Speed.of_row(row))
-            except (KeyError, ConfigError):
+            except ODD:
                 continue
-        speeds = Speeds(path, result.get("device", {}).get("name"), tuple(found))
+        device = result.get("device")
+        speeds = Speeds(path, device.get("name") if isinstance(device, dict) else None, tuple(found))
         if not any(map(speeds.of, runs)):
             raise NsaTrainError(
                 f"--speeds {path}: has the speed of none of these runs that shared a device: no row of their "

@@ -6,9 +6,8 @@ Answers at further lengths are added to a task's file; asked with other settings
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from nsa_train.evaluate.maps import attention_maps, cell_tokens, plot_maps
 from nsa_train.evaluate.questions import HELDOUT_WORDS, KINDS, Quizzes
 from nsa_train.model.branches import spec_of
 from nsa_train.model.transformer import Transformer
-from nsa_train.train.answers import added, settings_of
+from nsa_train.train.answers import added, read_answers, settings_of
 from nsa_train.train.folder import read_config
 
 HELDOUT, BLOCKS, MAPS = "heldout", "blocks", "maps"
@@ -131,8 +130,11 @@ def main(arguments: list[str]) -> int:
     check_fits(folder, config, options)
     for task in options.task:
         answers_there(folder / "eval" / f"{options.name_of(task)}.json")
+    try:
+        (folder / "eval").mkdir(exist_ok=True)
+    except FileExistsError as error:
+        raise RunFolderError(f"{folder / 'eval'}: a file, where answers have their folder; move it") from error
     model, tokenizer = opened(folder)
-    (folder / "eval").mkdir(exist_ok=True)
     trained = model.rope_factor
     if {*options.task} & {*KINDS}:
         store = heldout_store(config)
@@ -142,16 +144,20 @@ def main(arguments: list[str]) -> int:
         path = folder / "eval" / f"{options.name_of(task)}.json"
         figure = path.with_suffix(".png")
         model.rope_factor = trained
+        answered: Iterable[list[dict[str, Any]]]
         if task == HELDOUT:
-            found = list(_heldout(model, config, lengths, options.samples))
+            answered = _by_length(_heldout(model, config, lengths, options.samples))
         elif task == BLOCKS:
             found, chosen = _blocks(model, config, lengths, options.samples)
+            answered = [found]
         elif task == MAPS:
-            found = _maps(model, config, lengths[0], options.samples, figure)
+            answered = [_maps(model, config, lengths[0], options.samples, figure)]
         else:
             name, words = options.name_of(task), WORDS[options.words]
-            found = list(ask(task, name, words, model, quizzes, store.hash, config, lengths, options))
-        rows = _with_earlier(path, found)
+            answered = _by_length(ask(task, name, words, model, quizzes, store.hash, config, lengths, options))
+        for found in answered:  # written one by one: who stops here loses nothing that is answered
+            rows = _with_earlier(path, found)
+            written = results.write_result(path.stem, "eval", rows, folder=path.parent)
         if task in KINDS:
             plot_grids({f"{config.name}: {path.stem}": [row for row in rows if row["what"] == "cell"]}, figure)
         elif task == BLOCKS:
@@ -160,16 +166,23 @@ def main(arguments: list[str]) -> int:
             plot_blocks([row for row in rows if row["length"] == longest], title, figure)
             if found[-1]["length"] == longest:
                 chosen.save(figure.with_name(BLOCKS_FILE))
-        runtime.log.info("%s", results.write_result(path.stem, "eval", rows, folder=path.parent))
+        runtime.log.info("%s", written)
     return 0
+
+
+def _by_length(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Rows of a length, each time that a summary ends them."""
+    found = []
+    for row in rows:
+        found.append(row)
+        if row["what"] == "summary":
+            yield found
+            found = []
 
 
 def answers_there(path: Path) -> list[dict[str, Any]]:
     """Rows of an earlier answer; none where there is no file. Raises RunFolderError."""
-    try:
-        return json.loads(path.read_text())["rows"] if path.exists() else []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunFolderError(f"{path}: no answer of `nsa-train eval` ({error}); delete it to ask again") from error
+    return read_answers(path) if path.exists() else []
 
 
 def _with_earlier(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -184,18 +197,28 @@ def _with_earlier(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def opened(folder: Path) -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer of the run's export, on this machine's device; in fp32 on a CPU, which is slow in bf16."""
+    """Model and tokenizer of the run's export, on this machine's device; in fp32 on a CPU, which is slow in bf16.
+
+    Raises RunFolderError where there is no whole export.
+    """
     export = folder / "export"
     if not (export / "config.json").is_file():
         raise RunFolderError(f"{export}: no export of a finished run; train with trainer.export=true")
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     import nsa_train.model.pretrained  # noqa: F401
 
     transformers_logging.disable_progress_bar()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(export)
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise RunFolderError(
+            f"{export}: is damaged ({error}); copy it from where it is whole, or train and export again"
+        ) from error
     device = runtime.device()
-    model = AutoModelForCausalLM.from_pretrained(export).transformer.to(device).eval()
+    model = loaded.transformer.to(device).eval()
     if device.type == "cpu":
         model.float()
     return model, Tokenizer.load(export / MODEL_FILE if (export / MODEL_FILE).is_file() else export)

@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from nsa_train.errors import RunFolderError
+
 Row = dict[str, Any]
+NAMED = {"what": str, "task": str, "length": int}  # in every row
+
+
+def read_answers(path: Path) -> list[Row]:
+    """Rows of a task's file. Raises RunFolderError."""
+    try:
+        return rows_in(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path}: no answer of `nsa-train eval` ({error}); delete it to ask again") from error
+
+
+def rows_in(found: Any, key: str = "rows") -> list[Row]:
+    """Answers that stand there in plain data. Raises ValueError where other things do."""
+    rows = found.get(key) if isinstance(found, dict) else None
+    if not isinstance(rows, list) or not all(map(_is_answer, rows)):
+        raise ValueError(f"{key} must be a list of objects, each with {', '.join(NAMED)}")
+    return rows
+
+
+def _is_answer(row: Any) -> bool:
+    return isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in NAMED.items())
 
 
 def settings_of(rows: Sequence[Row]) -> dict[str, Row]:

@@ -58,7 +58,7 @@ class HeldOut:
         try:
             with np.load(path, allow_pickle=False) as file:
                 return HeldOut(**{field.name: file[field.name] for field in dataclasses.fields(HeldOut)})
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise RunFolderError(f"{path}: no held-out losses by document ({error}); finish the run again") from error
 
 

@@ -107,7 +107,7 @@ def test_selection_and_maps_of_the_runs_stand_in_the_report(tmp_path):
         (run / "eval" / "blocks.json").write_text(json.dumps({"rows": [whole, head, head]}))
     for run in (runs[0], runs[3]):
         (run / "eval" / "maps.png").write_text(run.name)
-        (run / "eval" / "maps.json").write_text(json.dumps({"rows": [{"what": "map", "task": "maps", "layer": 0}]}))
+        (run / "eval" / "maps.json").write_text(json.dumps({"rows": [{"what": "map", "task": "maps", "length": 9}]}))
     _, text = compared(tmp_path / "out", runs)
     for line in (
         "| arm | tokens | chosen blocks hold | best | random | forced | read by 2 | read by 4 | read by 8 | next",

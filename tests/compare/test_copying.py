@@ -32,7 +32,7 @@ def test_a_run_copies_when_half_of_the_use_of_the_context_has_come(tmp_path, use
     told = [row["tokens_to_copying"] for row in report if row["what"] == "run"]
     assert told == [at and pytest.approx(at * STEP)] * 2
     (line,) = re.findall(r"^\| nsa-0 .*$", (tmp_path / "out" / "comparison_tiny.md").read_text(), re.M)
-    assert line.split(" | ")[8] == (f"{at * STEP / 1e6:.3g}M" if at else "-")
+    assert line.split(" | ")[8] == (f"{at * STEP:,.0f}" if at else "-")
 
 
 def test_when_a_run_copies_is_told_by_what_all_its_validations_show(tmp_path):
@@ -42,6 +42,11 @@ def test_when_a_run_copies_is_told_by_what_all_its_validations_show(tmp_path):
     rows[-1]["by_position"]["512-1024"] = 1.0
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert tokens_to_copying(Run.read(run)) == pytest.approx(1.5 * STEP)
+
+
+def test_a_model_no_better_than_word_frequencies_copies_nothing(tmp_path):
+    run = make_run(tmp_path, "full", used=(-0.1, -0.1, 0.5), summary={"unigram_entropy": 4.0})
+    assert tokens_to_copying(Run.read(run)) is None
 
 
 def test_a_run_that_goes_on_from_another_has_learnt_to_copy_there(tmp_path):

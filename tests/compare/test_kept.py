@@ -185,7 +185,7 @@ def test_finished_runs_are_kept_though_another_is_not_finished(tmp_path, capsys)
 
 def test_a_long_run_is_a_small_file(tmp_path):
     """Of experiment=r1: 256 held-out rows of 8192 tokens, 12 layers, answers to five tasks and of 48 KV heads."""
-    draw, run = np.random.default_rng(0), make_run(tmp_path, "nsa")
+    draw, run = np.random.default_rng(0), make_run(tmp_path, "nsa", summary={"steps": 800})
     length = draw.exponential(1750, (1200, 1)).astype(int) + 20
 
     def sums(edges, share):
@@ -215,13 +215,17 @@ def test_a_long_run_is_a_small_file(tmp_path):
     (run / "manifest.json").write_text(json.dumps(manifest))
     (run / "eval").mkdir()
     for task in ("needle", "multikey", "vartrace", "mqar"):
-        cells = [{"what": "cell", "task": task, "depth": i, **figures("accuracy", "loss")} for i in range(84)]
+        cells = [
+            {"what": "cell", "task": task, "length": 9, "depth": i, **figures("accuracy", "loss")} for i in range(84)
+        ]
         (run / "eval" / f"{task}.json").write_text(json.dumps({"rows": cells}))
-    heads = [{"what": "head", "layer": i // 2, "kv_head": i % 2, **figures(*map(str, range(15)))} for i in range(48)]
+    head = {"what": "head", "task": "blocks", "length": 8192}
+    heads = [{**head, "layer": i // 2, "kv_head": i % 2, **figures(*map(str, range(15)))} for i in range(48)]
     (run / "eval" / "blocks.json").write_text(json.dumps({"rows": heads}))
     lists = {"document": [*range(60)], "source": [*sources[:6]] * 10, "labels": draw.integers(65536, size=60).tolist()}
     losses = draw.normal(2e5, 1e4, (6, 60)).tolist()
-    lengths = [{"length": 2048 << i, "by_document": {**lists, "loss": of}} for i, of in enumerate(losses)]
+    whole = {"what": "summary", "task": "heldout"}
+    lengths = [{**whole, "length": 2048 << i, "by_document": {**lists, "loss": of}} for i, of in enumerate(losses)]
     (run / "eval" / "heldout.json").write_text(json.dumps({"rows": lengths}))
     (file,) = keep(run, out=tmp_path / "kept")
     assert 20_000 < file.stat().st_size < 100_000

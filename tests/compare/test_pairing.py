@@ -9,6 +9,8 @@ from nsa_train.compare.runs import Arms
 from nsa_train.config.load import load_config
 from nsa_train.errors import NsaTrainError
 
+OTHER_CORPUS = {"name": "text", "hash": "d" * 64, "epochs": {}, "share_past": {}}
+
 
 def refusal(*folders):
     with pytest.raises(NsaTrainError) as caught:
@@ -36,7 +38,7 @@ def test_runs_that_differ_in_arm_learning_rate_and_seed_are_taken(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"manifest": {"corpus": {"hash": "d" * 64}}}, "nsa-0: corpus dddddddddddd, but "),
+        ({"manifest": {"corpus": OTHER_CORPUS}}, "nsa-0: corpus dddddddddddd, but "),
         ({"manifest": {"rows_fingerprint": "others"}}, "nsa-0: other rows in another order than "),
         ({"manifest": {"initial_weights_sha256": {**dict.fromkeys(WEIGHTS, "x")}}},
          "starts from other weights than"),
@@ -63,6 +65,15 @@ def test_rows_that_other_code_made_of_the_same_plan_are_refused(tmp_path):
     assert f"{runs[2]}: other tokens in its rows than {runs[1]}: their commits make rows in other ways" in said
     other_seed = [make_run(tmp_path, arm, 1, manifest={"rows_sample_sha256": "z"}) for arm in ("full", "nsa")]
     Arms.read([*runs[:2], *other_seed])
+
+
+@pytest.mark.parametrize("other", [{"overrides": ["trainer.steps=3"]}, {"rows": "others"}])
+def test_of_other_steps_or_rows_no_other_code_is_told(other, tmp_path):
+    """Their samples differ anyway."""
+    rows = {"rows_fingerprint": other["rows"]} if "rows" in other else {}
+    full = make_run(tmp_path, "full", manifest={"rows_sample_sha256": "x"})
+    nsa = make_run(tmp_path, "nsa", manifest={"rows_sample_sha256": "y", **rows}, overrides=other.get("overrides", ()))
+    assert "other tokens in its rows" not in refusal(full, nsa)
 
 
 def test_weights_that_the_baseline_lacks_must_be_alike_too(tmp_path):
@@ -104,7 +115,7 @@ def test_runs_that_go_on_from_runs_that_are_no_pair_are_refused(other, words, tm
 def test_seeds_that_go_on_from_runs_of_other_lengths_are_refused(tmp_path):
     runs = [going_on(tmp_path, arm) for arm in ("full", "nsa")]
     afresh = [make_run(tmp_path, arm, seed=1) for arm in ("full", "nsa")]
-    assert f"{afresh[0]}: goes on from [] steps, but {runs[0]} from [6]" in refusal(*runs, *afresh)
+    assert f"{afresh[0]}: starts afresh, but {runs[0]} goes on from [6] steps" in refusal(*runs, *afresh)
 
 
 def test_a_run_of_before_the_heads_prior_stands_beside_none_that_has_it(tmp_path):
@@ -140,7 +151,7 @@ def test_held_out_losses_must_be_of_the_same_rows(tmp_path):
 
 
 def test_all_breaches_are_told_at_once_on_the_command_line(tmp_path, capsys):
-    full, nsa = make_run(tmp_path, "full"), make_run(tmp_path, "nsa", manifest={"corpus": {"hash": "d" * 64}}, seed=1)
+    full, nsa = make_run(tmp_path, "full"), make_run(tmp_path, "nsa", manifest={"corpus": OTHER_CORPUS}, seed=1)
     assert main(["compare", str(full), str(nsa)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: these runs cannot be compared:\n")

@@ -202,7 +202,7 @@ def test_answers_at_some_of_the_lengths_or_with_other_samples_are_not_all(tmp_pa
     (run / "eval").mkdir()
     settings = {"corpus_hash": "c", "samples": 20, "depths": 21}
     for task in ("needle", "maps"):
-        rows = [{"task": task, "length": 512, "settings": settings}]
+        rows = [{"what": "summary", "task": task, "length": 512, "settings": settings}]
         (run / "eval" / f"{task}.json").write_text(json.dumps({"rows": rows}))
 
     def left(*ways):

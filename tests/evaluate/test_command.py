@@ -4,6 +4,7 @@ import copy
 import json
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from nsa_train.config.load import load_config, to_yaml
 from nsa_train.data.prepare import prepare
 from nsa_train.data.store import TokenStore
 from nsa_train.data.tokenizer import Tokenizer
+from nsa_train.errors import Interrupted
 from nsa_train.evaluate import command
+from nsa_train.evaluate.grid import Answer
 from nsa_train.model.branches import spec_of
 from nsa_train.model.pretrained import NSATrainConfig, NSATrainForCausalLM
 from nsa_train.model.transformer import Transformer
@@ -165,13 +168,85 @@ def test_maps_and_answers_of_before_are_replaced_as_a_whole(make_run, caplog):
     assert "heldout.json: asked with samples=1 (unknown before), corpus_hash=" in caplog.text
 
 
-def test_a_damaged_answer_is_named_before_anything_is_asked(make_run, capsys, monkeypatch):
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"rows": null}', '{"rows": [3]}', '{"rows": [{"task": "x"}]}'])
+def test_a_damaged_answer_is_named_before_anything_is_asked(content, make_run, capsys, monkeypatch):
     folder, _ = make_run("attention=nsa")
     monkeypatch.setattr(command, "opened", None)
     (folder / "eval").mkdir()
-    (folder / "eval" / "heldout.json").write_text("{")
+    (folder / "eval" / "heldout.json").write_text(content)
     assert main(["eval", str(folder), "task=blocks,heldout"]) == 2
     assert f"{folder / 'eval' / 'heldout.json'}: no answer of `nsa-train eval`" in capsys.readouterr().err
+    assert (folder / "eval" / "heldout.json").read_text() == content
+
+
+def test_a_file_in_place_of_the_answers_folder_is_told_before_anything_is_asked(make_run, capsys, monkeypatch):
+    folder, _ = make_run("attention=nsa")
+    monkeypatch.setattr(command, "opened", None)
+    (folder / "eval").write_text("mine")
+    assert main(["eval", str(folder), "task=blocks"]) == 2
+    assert f"error: {folder / 'eval'}: a file, where answers have their folder; move it" in capsys.readouterr().err
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.safetensors", cut),
+        ("model.safetensors", lambda file: file.write_bytes(b"")),
+        ("model.safetensors", Path.unlink),
+        ("config.json", cut),
+        ("config.json", lambda file: file.write_text("{}")),
+        ("config.json", lambda file: file.write_text("3")),
+        ("config.json", lambda file: file.write_text(file.read_text().replace('"width": 32', '"width": 64'))),
+        ("config.json", lambda file: file.write_text(file.read_text().replace('"width": 32', '"width": "x"'))),
+        ("config.json", lambda file: file.write_text(json.dumps({**json.loads(file.read_text()), "attention": 3}))),
+    ],
+)
+def test_a_damaged_export_is_one_message(name, damage, tmp_path, capsys):
+    config = load_config(SMALL)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    export = tmp_path / "export"
+    NSATrainForCausalLM(NSATrainConfig.of(config.model, config.attention, config.moe)).save_pretrained(export)
+    before = (export / name).read_bytes()
+    damage(export / name)
+    assert not (export / name).exists() or (export / name).read_bytes() != before
+    assert main(["eval", str(tmp_path), "task=blocks"]) == 2
+    said = capsys.readouterr().err
+    assert f"error: {export}: is damaged (" in said
+    assert "copy it from where it is whole, or train and export again" in said
+
+
+@pytest.mark.parametrize("task", ["needle", "heldout"])
+def test_answered_lengths_stay_when_the_rest_is_stopped(task, make_run, monkeypatch):
+    """And when the same command, asked again, is stopped before it comes to them."""
+    folder, _ = make_run("attention=nsa")
+    asked, stop = [], []
+
+    def answered(*_):
+        asked.append(task)
+        if len(asked) in stop:
+            raise Interrupted("stopped")
+        return [Answer(True, 1.0, None, None, 0, 0)]
+
+    losses = command.losses_in_rows
+    monkeypatch.setattr(command, "answers", answered)
+    monkeypatch.setattr(command, "losses_in_rows", lambda *of: answered() and losses(*of))
+    monkeypatch.setattr(command, "real_texts", lambda *_: [])
+    monkeypatch.setattr(command, "Quizzes", lambda *_: SimpleNamespace(documents=lambda *_: []))
+
+    def lengths(stopped_at):
+        stop[:], asked[:] = [stopped_at], []
+        words = [f"task={task}", "lengths=64,128,256", "depths=1", "samples=1"]
+        assert main(["eval", str(folder), *words]) == (75 if stopped_at else 0)
+        return sorted(row["length"] for row in rows(folder, task) if row["what"] == "summary")
+
+    assert lengths(3) == [64, 128]
+    assert lengths(2) == [64, 128]
+    assert lengths(None) == [64, 128, 256]
+    assert (folder / "eval" / "needle.png").exists() == (task == "needle")
 
 
 @pytest.mark.parametrize(
