@@ -185,7 +185,8 @@ class _Run:
             self.progress = Progress(**state["progress"])
             self.spikes.load_state(state["spikes"])
             self.bad_steps.in_a_row = state.get("bad_steps_in_a_row", 0)  # not in checkpoints of older versions
-            self.load += torch.tensor(state.get("load", 0.0), device=self.device).expand_as(self.load)  # nor this
+            if "load" in state:  # nor this
+                self.load += torch.tensor(state["load"], device=self.device).reshape(self.load.shape)
             self.wandb_id = state.get("wandb_id")
         self.metrics = on_main(self._open_metrics)
         self.earlier = self.progress.wall_s
