@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit code. A user's mistake is one message on rank 0, without traceback."""
     words = sys.argv[1:] if arguments is None else arguments
-    if words[:1] and words[0] in OWN_OPTIONS:
+    if words and words[0] in OWN_OPTIONS:
         command, overrides = words[0], words[1:]
     else:
         args = _parser().parse_args(words)

@@ -8,6 +8,8 @@ from typing import Literal
 
 from nsa_train.config.rules import SAFE_NAME, mixture_problems, not_positive
 
+READ_BY = {"include": ("tree", "tar"), "exclude": ("tree", "tar"), "take": ("hub", "recall")}  # key -> kinds
+
 
 @dataclass(frozen=True)
 class SourceConfig:
@@ -96,12 +98,12 @@ class DataConfig(SourceConfig):
         found = []
         if self.kind == "stdlib" and (named := [*self.paths, *self.heldout_paths]):
             found.append(f"paths={named} are not read by kind=stdlib; choose data=files, or the group of your source")
-        for key in ("include", "exclude"):
-            if getattr(self, key) and self.kind not in ("tree", "tar"):
-                found.append(f"{key}={list(getattr(self, key))} is for kind=tree and kind=tar, not kind={self.kind}")
-        if self.take is not None and self.kind not in ("hub", "recall"):
-            found.append(f"take={self.take} is for kind=hub and kind=recall, not kind={self.kind}")
-        return found
+        set_here = {"include": list(self.include) or None, "exclude": list(self.exclude) or None, "take": self.take}
+        return found + [
+            f"{key}={value} is for {' and '.join(f'kind={kind}' for kind in READ_BY[key])}, not kind={self.kind}"
+            for key, value in set_here.items()
+            if value is not None and self.kind not in READ_BY[key]
+        ]
 
     @property
     def named_sources(self) -> dict[str, SourceConfig]:

@@ -79,8 +79,8 @@ def prepare(data: DataConfig, vocab: int, progress: Callable[[str], None]) -> Pa
 def _lock(building: Path, progress: Callable[[str], None]) -> IO[str]:
     """Wait for the lock of a building site; closing it, or dying, frees it. Its holder may remove the site."""
     told = False
-    building.parent.mkdir(parents=True, exist_ok=True)
     while True:
+        building.parent.mkdir(parents=True, exist_ok=True)  # what hinders this is nobody's clearing up
         file = None
         try:
             building.mkdir(exist_ok=True)

@@ -45,8 +45,6 @@ class TokenStore:
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
-        if manifest["hash"] != corpus_hash(manifest):
-            raise DataError(f"{folder / MANIFEST}: damaged, its hash is not that of the digests in it; {REMEDY}")
         numbers, inside = manifest[split], folder / split
         _check_digest(folder / manifest["tokenizer"], manifest["tokenizer_sha256"])
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
@@ -95,10 +93,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if found != SCHEMA:
         raise DataError(f"{path}: schema is {found!r}, not {SCHEMA!r}; {REMEDY}")
     try:
-        corpus_hash(manifest)
-        return manifest | {"vocab": int(manifest["vocab"])}
-    except (KeyError, TypeError, ValueError) as error:
+        whole = isinstance(manifest["vocab"], int) and manifest["hash"] == corpus_hash(manifest)
+    except (KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged ({error!r}); {REMEDY}") from error
+    if not whole:
+        raise DataError(f"{path}: damaged, its hash is not that of the digests in it; {REMEDY}")
+    return manifest
 
 
 def corpus_hash(manifest: dict[str, Any]) -> str:

@@ -243,6 +243,9 @@ def find_newest_good(folder: Path, identity: str) -> Found | None:
     return None
 
 
+NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # other OSErrors may be over in a moment
+
+
 def verify(path: Path) -> dict[str, Any]:
     """The manifest, after every file was compared with it; CheckpointError names the file that differs."""
     try:
@@ -270,15 +273,7 @@ def verify(path: Path) -> dict[str, Any]:
                 raise CheckpointError(f"{path / name} has {size} bytes instead of {known['bytes']}")
             if sha256_of(path / name) != known["sha256"]:
                 raise CheckpointError(f"{path / name} does not have the sha256 of its manifest")
-    except (
-        FileNotFoundError,
-        IsADirectoryError,
-        NotADirectoryError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except (*NO_FILE, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
     except OSError as error:
         place = error.filename or path
