@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAPER_WIDTHS = (192, 128)
 ANSWERS = ("multikey_train", "mqar_train")
+OTHERS = ("full_gated", "nsa_random", "nsa_no_slc", "window")  # that `nsa` is set beside
 PLACES = ("text", "new", "repeated", "position", "recall")  # cuts of text
 RUN_KEYS = ("trainer.", "data.")  # of overrides that change the run, not the model
 NAMED = ("trainer.cuda_graphs=true", "trainer.force_balance=true")  # all the same
@@ -73,6 +74,7 @@ def verdicts() -> str:
     compared = [row for row in _comparison("comparison_r1") if row["what"] == "difference" and row["cut"] == "text"]
     leads = {row["baseline"]: row for row in compared if row["arm"] == "nsa"}
     full, gated = leads["full"], leads["full_gated"]
+    first = {row["arm"]: row["per_seed"][row["seeds"].index(0)] for row in compared if row["baseline"] == "full"}
     asked = [row for row in _comparison("comparison_r1_long") if row["what"] == "eval" and row["task"] == ANSWERS[0]]
     right = {
         arm: fmean(row["accuracy"] for row in asked if (row["arm"], row["length"]) == (arm, 4096))
@@ -87,6 +89,9 @@ def verdicts() -> str:
         "is the loss as good?": f"77M parameters, 0.2B tokens, {len(full['seeds'])} seeds: {full['mean']:+.3f} nats "
         f"against full attention (one-sided 95% bound {full['upper']:+.3f}), {gated['mean']:+.3f} "
         f"({gated['low']:+.3f} to {gated['high']:+.3f}) against full attention with a gate",
+        "what brings it?": f"of seed 0, against full attention: a gate on it {first['full_gated']:+.3f}; gated, the window alone "
+        f"{first['window']:+.3f}, with compressed blocks {first['nsa_no_slc']:+.3f}, both and blocks drawn at random {first['nsa_random']:+.3f}, "
+        f"both and chosen ones (NSA) {first['nsa']:+.3f}",
         "does it recall over long context?": "not at this size: of facts asked by key at 4k it finds "
         f"{right['nsa']:.0%}, full attention {right['full']:.0%}",
     }
@@ -246,12 +251,12 @@ def _millions(tokens: float | None) -> str:
 
 
 def places() -> str:
-    """Where `nsa` differs from a gated baseline and from random blocks: by position, and by what repeats."""
+    """Where `nsa` differs from a gated baseline and from its ablations: by position, and by what repeats."""
     rows = [row for row in _comparison("comparison_r1") if row["what"] == "difference" and row["arm"] == "nsa"]
     cuts = [cut for cut in dict.fromkeys(row["cut"] for row in rows) if cut.startswith(PLACES)]
-    found = [{row["cut"]: row for row in rows if row["baseline"] == other} for other in ("full_gated", "nsa_random")]
+    found = [{row["cut"]: row for row in rows if row["baseline"] == other} for other in OTHERS]
     heads = (f"`nsa` - `{one['text']['baseline']}`, {_seeds(one['text']['seeds'])}" for one in found)
-    lines = [f"| labels | {' | '.join(heads)} |", "|---|---|---|"]
+    lines = [f"| labels | {' | '.join(heads)} |", "|---" * (1 + len(found)) + "|"]
     for cut in (cut for cut in cuts if not cut.endswith("+")):
         lines.append(f"| {cut} | {' | '.join(_difference(one[cut]) for one in found)} |")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MARKS = "os^DvPX*"  # by arm
 PALETTE = 256  # colours of a PNG: a third of the bytes of all, and nothing that one sees
 
 
@@ -76,17 +77,19 @@ def plot_training(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    lines: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}  # preset, arm, and what else tells them apart
     for row in result["rows"]:
         if row["gpus"] == 1 and "tokens_per_s" in row:
-            lines.setdefault((row["preset"], row["attention"]), {})[row["T"]] = row
-    figure, (speed, share) = plt.subplots(1, 2, figsize=(10, 4), dpi=110)
-    presets = list(dict.fromkeys(preset for preset, _ in lines))
-    for (preset, arm), by_length in lines.items():
+            key = row["preset"], row["attention"]
+            other = row["T"] in lines.get((*key, ""), {})
+            lines.setdefault((*key, f", {row['batch_rows']} rows a step" if other else ""), {})[row["T"]] = row
+    figure, (speed, share) = plt.subplots(1, 2, figsize=(12, 4), dpi=110)
+    presets, arms = (list(dict.fromkeys(key[place] for key in lines)) for place in (0, 1))
+    for (preset, arm, rest), by_length in lines.items():
         rows = [by_length[T] for T in sorted(by_length)]
         look = {
-            "color": f"C{presets.index(preset)}", "label": f"{preset}, {arm}",
-            "ls": "-" if arm == "nsa" else "--", "marker": "o" if arm == "nsa" else "s",
+            "color": f"C{presets.index(preset)}", "label": f"{preset}, {arm}{rest}",
+            "ls": "-" if arm == "nsa" else "--", "marker": MARKS[arms.index(arm) % len(MARKS)],
         }  # fmt: skip
         lengths = [row["T"] for row in rows]
         speed.plot(lengths, [row["tokens_per_s"] for row in rows], **look)
@@ -97,7 +100,7 @@ def plot_training(result: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
     speed.set_yscale("log")
     share.set_ylim(bottom=0)
-    speed.legend()
+    share.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     figure.suptitle(f"training on one {result['device']['name']}, packed text")
     figure.tight_layout()
     save_figure(figure, path)

@@ -102,7 +102,7 @@ def one_run(preset: str, arm: str, T: int, steps: int, gpus: int, rest: list[str
         "preset": preset, "attention": arm, "T": T, "gpus": gpus, "zero": config.parallel.zero_stage, "ep": 1, "sp": 1,
         "micro_batch": largest_divisor(per_rank, config.trainer.micro_rows), "batch_rows": config.trainer.batch_rows,
         "checkpointing": config.trainer.activation_checkpointing, "recomputed": list(config.trainer.computed_again),
-        "overrides": rest,
+        "overrides": [*map(results.without_folders, rest)],
     }  # fmt: skip
     name = f"{preset}-{arm}-{T}"
     places = [f"name={name}", f"runs_dir={folder}", f"data.prepared_dir={folder}/prepared"]

@@ -59,7 +59,7 @@ def plot_comparison(rows: list[Row], path: Path) -> None:
         ends.plot(arms.index(run["arm"]), run["text_loss"], **look)
         if run["tokens_to_copying"] is not None:
             copying.plot(run["tokens_to_copying"], run["text_loss"], **look)
-    ends.set_xticks(range(len(arms)), arms, rotation=20)
+    ends.set_xticks(range(len(arms)), arms, rotation=20, ha="right")
     ends.set(title="held-out text at the end, each seed", ylabel="loss, nats")
     _or_words(copying, "no run learnt to copy after its start")
     copying.set(title="the same, and when the run learnt to copy", xlabel="tokens to copying", ylabel="loss, nats")

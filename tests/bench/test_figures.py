@@ -6,8 +6,11 @@ import pytest
 from nsa_train.bench.figures import plot_training
 
 
-def row(preset, arm, T, speed, gpus=1):
-    return {"preset": preset, "attention": arm, "T": T, "gpus": gpus, "tokens_per_s": speed, "mfu_executed": 0.25}
+def row(preset, arm, T, speed, gpus=1, rows=8):
+    return {
+        "preset": preset, "attention": arm, "T": T, "gpus": gpus, "batch_rows": rows, "tokens_per_s": speed,
+        "mfu_executed": 0.25,
+    }  # fmt: skip
 
 
 @pytest.fixture
@@ -31,3 +34,12 @@ def test_training_shows_single_gpus_by_length_and_leaves_failed_rows_out(tmp_pat
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in speed.lines}
     assert lines == {"m, nsa": ([8192, 65536], [40.0, 50.0]), "m, full": ([8192], [45.0])}
     assert [list(line.get_ydata()) for line in share.lines] == [[25.0, 25.0], [25.0]]
+
+
+def test_training_shows_runs_that_differ_in_the_rows_of_a_step_apart(tmp_path, shown):
+    rows = [row("m", "nsa", 8192, 40.0), row("m", "nsa", 8192, 60.0, rows=2), row("m", "window", 8192, 90.0, rows=2)]
+    plot_training({"rows": rows, "device": {"name": "a GPU"}}, tmp_path / "training.png")
+    lines = {line.get_label(): list(line.get_ydata()) for line in shown[0].axes[0].lines}
+    assert lines == {"m, nsa": [40.0], "m, nsa, 2 rows a step": [60.0], "m, window": [90.0]}
+    marks = {line.get_label(): line.get_marker() for line in shown[0].axes[0].lines}
+    assert marks["m, nsa"] == marks["m, nsa, 2 rows a step"] != marks["m, window"]
