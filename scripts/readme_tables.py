@@ -89,9 +89,9 @@ def verdicts() -> str:
         "is the loss as good?": f"77M parameters, 0.2B tokens, {len(full['seeds'])} seeds: {full['mean']:+.3f} nats "
         f"against full attention (one-sided 95% bound {full['upper']:+.3f}), {gated['mean']:+.3f} "
         f"({gated['low']:+.3f} to {gated['high']:+.3f}) against full attention with a gate",
-        "what brings it?": f"of seed 0, against full attention: a gate on it {first['full_gated']:+.3f}; gated, the window alone "
-        f"{first['window']:+.3f}, with compressed blocks {first['nsa_no_slc']:+.3f}, both and blocks drawn at random {first['nsa_random']:+.3f}, "
-        f"both and chosen ones (NSA) {first['nsa']:+.3f}",
+        "what brings it?": f"of seed 0, against full attention: a gate on it {first['full_gated']:+.3f}; gated, the "
+        f"window alone {first['window']:+.3f}, with compressed blocks {first['nsa_no_slc']:+.3f}, both and blocks "
+        f"drawn at random {first['nsa_random']:+.3f}, both and chosen ones (NSA) {first['nsa']:+.3f}",
         "does it recall over long context?": "not at this size: of facts asked by key at 4k it finds "
         f"{right['nsa']:.0%}, full attention {right['full']:.0%}",
     }
