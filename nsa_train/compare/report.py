@@ -17,12 +17,15 @@ from nsa_train.compare.statistics import spread
 from nsa_train.data.stages import stages_of
 from nsa_train.train.answers import settings_of
 
+OF_BLOCKS = (
+    "selection_recall", "best_recall", "random_recall", "forced_recall", "distinct_blocks", "neighbour_overlap"
+)  # fmt: skip
 # What a row of `nsa-train eval` is called in the report, and what the report takes from it.
 EVALUATED = {
     "summary": ("eval", ("task", "length", "rope_factor", "accuracy", "low", "high", "loss", "selection_recall",
                          "samples", "cells", "by_position", "settings")),
-    "selection": ("selection", ("length", "rope_factor", "queries", "selection_recall", "best_recall", "random_recall",
-                                "forced_recall", "distinct_blocks", "neighbour_overlap", "distance")),
+    "selection": ("selection", ("length", "rope_factor", "queries", *OF_BLOCKS, "distance")),
+    "head": ("selection_head", ("length", "layer", "kv_head", *OF_BLOCKS)),
 }  # fmt: skip
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the tokens, at which differences along the run are told
 APART = 0.5  # of the tokens: validations further apart say nothing of what lies between
@@ -31,7 +34,8 @@ PAPER_ACTIVE, PAPER_TOKENS = 4.5e9, 270e9  # section 4.1: 27B parameters, 270B t
 
 
 def rows_of(arms: Arms, gates: Sequence[dict[str, Any]], speeds: Speeds | None = None) -> list[dict[str, Any]]:
-    """One row a fact; `what` is comparison, level, gate, arm, run, eval, selection, difference, lead or secondary.
+    """One row a fact; `what` is comparison, level, gate, arm, run, eval, selection, selection_head, difference, lead or
+    secondary.
 
     Those of grids, maps and a sweep come beside them: see `command`. Runs that go on from others reach no level and
     have no endpoint: these are about the end of pretraining.

@@ -103,8 +103,12 @@ def test_selection_and_maps_of_the_runs_stand_in_the_report(tmp_path):
             "random_recall": 0.25, "forced_recall": 0.125, "distinct_blocks": {"2": 9.0, "4": 10.5, "8": 12.25},
             "neighbour_overlap": 0.875, "distance": {},
         }  # fmt: skip
-        head = {**whole, "what": "head", "selection_recall": 0.0}
-        (run / "eval" / "blocks.json").write_text(json.dumps({"rows": [whole, head, head]}))
+        heads = [
+            {**whole, "what": "head", "length": length, "layer": layer, "kv_head": 0,
+             "selection_recall": recall - layer / 4 if length == 512 else 0.0}
+            for length in (256, 512, 4096) for layer in (0, 1)
+        ]  # fmt: skip
+        (run / "eval" / "blocks.json").write_text(json.dumps({"rows": [whole, *heads]}))
     for run in (runs[0], runs[3]):
         (run / "eval" / "maps.png").write_text(run.name)
         (run / "eval" / "maps.json").write_text(json.dumps({"rows": [{"what": "map", "task": "maps", "length": 9}]}))
@@ -112,6 +116,8 @@ def test_selection_and_maps_of_the_runs_stand_in_the_report(tmp_path):
     for line in (
         "| arm | tokens | chosen blocks hold | best | random | forced | read by 2 | read by 4 | read by 8 | next",
         "| `nsa` | 512 | 80.0% | 90.0% | 25.0% | 12.5% | 9.0 | 10.5 | 12.2 | 87.5% |",
+        "| arm | layer | chosen blocks hold | best | random | forced | read by 2 | read by 4 | read by 8 | next",
+        "| `nsa` | 1 | 55.0% | 90.0% | 25.0% | 12.5% | 9.0 | 10.5 | 12.2 | 87.5% |",
         "![attention maps of full, seed 0](comparison_tiny_maps_full.png)",
         "![attention maps of nsa, seed 1](comparison_tiny_maps_nsa.png)",
     ):
