@@ -75,9 +75,11 @@ def verdicts() -> str:
     leads = {row["baseline"]: row for row in compared if row["arm"] == "nsa"}
     full, gated = leads["full"], leads["full_gated"]
     first = {row["arm"]: row["per_seed"][row["seeds"].index(0)] for row in compared if row["baseline"] == "full"}
-    asked = [row for row in _comparison("comparison_r1_long") if row["what"] == "eval" and row["task"] == ANSWERS[0]]
+    apart = {arm: f"{lead - first['full_gated']:+.3f}" for arm, lead in {"full": 0.0, **first}.items()}
+    asked = [row for row in _comparison("comparison_r1_long") if row["what"] == "eval" and row["length"] == 4096]
     right = {
-        arm: fmean(row["accuracy"] for row in asked if (row["arm"], row["length"]) == (arm, 4096))
+        (words, arm): f"{fmean(row['accuracy'] for row in asked if (row['arm'], row['task']) == (arm, task)):.0%}"
+        for words, task in (("trained", ANSWERS[0]), ("held out", ANSWERS[0].removesuffix("_train")))
         for arm in ("nsa", "full")
     }
     answers = {
@@ -89,11 +91,13 @@ def verdicts() -> str:
         "is the loss as good?": f"77M parameters, 0.2B tokens, {len(full['seeds'])} seeds: {full['mean']:+.3f} nats "
         f"against full attention (one-sided 95% bound {full['upper']:+.3f}), {gated['mean']:+.3f} "
         f"({gated['low']:+.3f} to {gated['high']:+.3f}) against full attention with a gate",
-        "what brings it?": f"of seed 0, against full attention: a gate on it {first['full_gated']:+.3f}; gated, the "
-        f"window alone {first['window']:+.3f}, with compressed blocks {first['nsa_no_slc']:+.3f}, both and blocks "
-        f"drawn at random {first['nsa_random']:+.3f}, both and chosen ones (NSA) {first['nsa']:+.3f}",
-        "does it recall over long context?": "not at this size: of facts asked by key at 4k it finds "
-        f"{right['nsa']:.0%}, full attention {right['full']:.0%}",
+        "what brings it?": "a gate: of seed 0, against full attention with one, full attention without is "
+        f"{apart['full']}, a gated window alone {apart['window']}, compressed blocks beside it {apart['nsa_no_slc']}, "
+        f"blocks drawn at random, too, {apart['nsa_random']}, chosen ones in their place (NSA) {apart['nsa']}",
+        "does it recall over long context?": "not at this size: of facts asked by key at 4k, in words of training and "
+        f"after a stage of recall, it finds {right['trained', 'nsa']}, as many as copying any value does, full "
+        f"attention {right['trained', 'full']}; in held-out words {right['held out', 'nsa']} and "
+        f"{right['held out', 'full']}",
     }
     return "\n".join(["| question | measured |", "|---|---|", *(f"| {q} | {a} |" for q, a in answers.items())])
 
