@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from nsa_train import runtime
+from nsa_train.bench.figures import plot_bars
 from nsa_train.bench.results import RESULTS, write_result
 from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
@@ -40,7 +41,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     config = load_config(options.overrides)
     rows = [*planning(config, options.documents), *reading(config, options.tokens), *tokenising(config)]
-    runtime.log.info("%s", write_result("data", "data", rows, folder=options.out))
+    written = write_result("data", "data", rows, folder=options.out)
+    plot_bars(rows, written.with_suffix(".png"), "the data pipeline on one core", "unit", "what", "value")
+    runtime.log.info("%s", written)
     return 0
 
 

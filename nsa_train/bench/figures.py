@@ -1,4 +1,4 @@
-"""Figures made from results: time and speed-up of attention against sequence length, answers by length and depth."""
+"""Figures made from results: against sequence length, as bars, and answers by length and depth."""
 
 from __future__ import annotations
 
@@ -104,6 +104,40 @@ def plot_training(result: dict[str, Any], path: Path) -> None:
     figure.suptitle(f"training on one {result['device']['name']}, packed text")
     figure.tight_layout()
     save_figure(figure, path)
+
+
+def plot_bars(rows: Sequence[dict[str, Any]], path: Path, about: str, group: str, label: str, value: str) -> None:
+    """A bar for each row, its value beside it, in a panel for each value of `group`; the other words are keys, too.
+
+    A row without a figure, for it failed, keeps its place.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        panels.setdefault(str(row[group]), []).append(row)
+    heights = [1 + len(bars) for bars in panels.values()]
+    size = (10, 0.6 + 0.3 * sum(heights))
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=size, dpi=110, squeeze=False, height_ratios=heights, layout="constrained"
+    )
+    for place, (title, bars) in zip(axes[:, 0], panels.items(), strict=True):
+        drawn = place.barh(range(len(bars)), [bar.get(value, 0.0) for bar in bars], color="C0")
+        place.bar_label(drawn, [_shown(bar[value]) if value in bar else "failed" for bar in bars], padding=3)
+        place.set_yticks(range(len(bars)), [bar[label] for bar in bars])
+        place.set_title(title, fontsize=10)
+        place.margins(x=0.25)
+        place.invert_yaxis()
+        place.grid(axis="x", alpha=0.3)
+    figure.suptitle(about)
+    save_figure(figure, path)
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.4g}" if value < 1e6 else f"{value / 1e6:,.1f} M"
 
 
 def plot_grids(grids: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:

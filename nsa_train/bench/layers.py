@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nsa_train import runtime
 from nsa_train.bench import results
+from nsa_train.bench.figures import plot_bars
 from nsa_train.bench.timing import Timed, relative_error, side_by_side
 from nsa_train.config.load import load_config
 from nsa_train.config.schema import Config
@@ -150,5 +151,7 @@ def main(arguments: list[str]) -> int:
         runtime.log.info("%s", "\n".join(str(row) for row in rows if row["part"] == name))
         written = results.write_result(f"layers_{results.gpu_label()}", "layers", rows, args.commit, args.out)
         torch.cuda.empty_cache()
+    about = f"{torch.cuda.get_device_name()}, forward + backward of {args.tokens:,} tokens, preset {args.preset}, ms"
+    plot_bars(rows, written.with_suffix(".png"), about, "part", "impl", "ms")
     runtime.log.info("%s", written)
     return 0

@@ -18,6 +18,7 @@ import torch
 
 from nsa_train import runtime
 from nsa_train.bench import results, runs
+from nsa_train.bench.figures import plot_bars
 from nsa_train.bench.runs import MEASURED_ONLY, RECOMPUTED, parse_on_gpus, parts_recomputed, train_run
 from nsa_train.config.load import load_config
 from nsa_train.plan.advice import GIB, need
@@ -100,6 +101,21 @@ def markdown(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def plot_memory(rows: Sequence[dict[str, Any]], path: Path, device: str) -> None:
+    """Peaks beside today's plans."""
+    bars: list[dict[str, Any]] = []
+    for row in rows:
+        again = ", ".join(parts_recomputed(row))
+        name = f"{row['preset']}, {row['attention']}, {row['micro_rows']} x {row['T'] // 1024}k, {row['dtype']}"
+        name += f", ZeRO {row['zero']}" + (f", recomputed: {again}" if again else "")
+        peak = {} if "error" in row else {"gib": row["peak_gib"]}
+        bars += [
+            {"run": name, "what": "planned", "gib": plan_of(row).total / GIB},
+            {"run": name, "what": "peak"} | peak,
+        ]
+    plot_bars(bars, path, f"{device}, peak memory beside the plan's, GiB", "run", "what", "gib")
+
+
 def main(arguments: list[str]) -> int:
     """Run the benchmark and write <out>/memory_<gpu>.json; the exit code."""
     parser = argparse.ArgumentParser(prog="nsa-train bench memory", description=__doc__)
@@ -114,5 +130,6 @@ def main(arguments: list[str]) -> int:
             runtime.log.info("%s", rows[-1])
             every = results.with_earlier(args.out / f"{name}.json", rows, key_of)
             written = results.write_result(name, "memory", every, args.commit, args.out)
+            plot_memory(every, written.with_suffix(".png"), torch.cuda.get_device_name())
     runtime.log.info("%s\n%s", markdown([(torch.cuda.get_device_name(), row) for row in rows]), written)
     return 0

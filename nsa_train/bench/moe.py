@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nsa_train import runtime
 from nsa_train.bench import results
+from nsa_train.bench.figures import plot_bars
 from nsa_train.bench.timing import Timed, relative_error, side_by_side
 from nsa_train.config.schema import MoEConfig
 from nsa_train.errors import NsaTrainError
@@ -174,5 +175,7 @@ def main(arguments: list[str]) -> int:
         runtime.log.info("%s", "\n".join(map(str, rows[-len(LAYERS) :])))
         written = results.write_result(f"moe_{results.gpu_label()}", "moe", rows, args.commit, args.out)
         torch.cuda.empty_cache()
+    about = f"{torch.cuda.get_device_name()}, MoE layer, forward + backward of {args.tokens:,} tokens by load, ms"
+    plot_bars(rows, written.with_suffix(".png"), about, "load", "impl", "ms")
     runtime.log.info("%s", written)
     return 0

@@ -52,3 +52,18 @@ def test_the_table_has_a_line_for_each_row_also_for_those_that_failed(monkeypatc
     assert len({line.count("|") for line in (head, rule, *lines)}) == 1
     assert f"{good['planned_total_gib']:.1f} | 12.3 | {good['ratio']:.2f} |" in lines[0]
     assert "failed" in lines[1]
+
+
+def test_the_picture_has_every_run_s_peak_beside_the_plan(monkeypatch, tmp_path):
+    done, _ = row_of(monkeypatch, tmp_path, Run(1.0, None, [{"mem_gib": 2.0}], {}))
+    failed, _ = row_of(monkeypatch, tmp_path, Run(1.0, "exit code 1", [], {}), memory.CASES[1])
+    drawn = []
+    monkeypatch.setattr(memory, "plot_bars", lambda rows, *rest: drawn.append((rows, rest)))
+    memory.plot_memory([done, failed], tmp_path / "memory.png", "a GPU")
+    ((rows, rest),) = drawn
+    assert [(row["what"], row.get("gib")) for row in rows] == [
+        ("planned", pytest.approx(memory.plan_of(done).total / GIB)), ("peak", 2.0),
+        ("planned", pytest.approx(memory.plan_of(failed).total / GIB)), ("peak", None),
+    ]  # fmt: skip
+    assert [row["run"] for row in rows[::2]] == ["r1, nsa, 8 x 8k, bf16, ZeRO 2", "r1, full, 8 x 8k, bf16, ZeRO 2"]
+    assert rest[0] == tmp_path / "memory.png"

@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 import pytest
 
-from nsa_train.bench.figures import plot_training
+from nsa_train.bench.figures import plot_bars, plot_training
 
 
 def row(preset, arm, T, speed, gpus=1, rows=8):
@@ -43,3 +43,18 @@ def test_training_shows_runs_that_differ_in_the_rows_of_a_step_apart(tmp_path, s
     assert lines == {"m, nsa": [40.0], "m, nsa, 2 rows a step": [60.0], "m, window": [90.0]}
     marks = {line.get_label(): line.get_marker() for line in shown[0].axes[0].lines}
     assert marks["m, nsa"] == marks["m, nsa, 2 rows a step"] != marks["m, window"]
+
+
+def test_bars_stand_in_panels_with_their_values_and_failed_rows_keep_their_place(tmp_path, shown):
+    rows = [
+        {"load": "even", "impl": "ours", "ms": 2.5}, {"load": "even", "impl": "theirs", "error": "no memory"},
+        {"load": "skewed", "impl": "ours", "ms": 48_600_000.0},
+    ]  # fmt: skip
+    path = tmp_path / "bars.png"
+    plot_bars(rows, path, "a GPU", "load", "impl", "ms")
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    panels = {place.get_title(): place for place in shown[0].axes}
+    assert [label.get_text() for label in panels["even"].get_yticklabels()] == ["ours", "theirs"]
+    assert [bar.get_width() for bar in panels["even"].patches] == [2.5, 0.0]
+    assert [text.get_text() for text in panels["even"].texts] == ["2.5", "failed"]
+    assert [text.get_text() for text in panels["skewed"].texts] == ["48.6 M"]
