@@ -162,8 +162,21 @@ class _Watched:
         """summary.json, which the rank cannot write any more."""
         place, aside = self.run_dir / "summary.json", self.run_dir / ".summary.json.tmp"
         before = json.loads(place.read_text()) if place.exists() else {"steps": 0}
-        aside.write_text(json.dumps({**before, "status": "failed", "exit_code": code}, indent=1) + "\n")
+        ended = {"status": "failed", "exit_code": code}
+        aside.write_text(json.dumps({**before, **self.logged_last(), **ended}, indent=1) + "\n")
         os.replace(aside, place)
+
+    def logged_last(self) -> dict[str, int]:
+        """Steps and tokens of the last whole line of metrics.jsonl; nothing where there is none."""
+        try:
+            lines = (self.run_dir / "metrics.jsonl").read_text(errors="replace").splitlines()
+        except OSError:
+            return {}
+        for line in reversed(lines):
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                row = json.loads(line)
+                return {"steps": row["step"], "tokens": row["tokens"]}
+        return {}
 
 
 if __name__ == "__main__":

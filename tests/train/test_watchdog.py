@@ -12,6 +12,7 @@ import pytest
 from launch import MICRO_BATCHES, signal_at, summary
 
 from nsa_train.train.failures import FIRST_FAILURE
+from nsa_train.train.metrics import METRICS, read_metrics
 from nsa_train.train.watchdog import FAILED_FIRST_S, Watchdog
 
 pytestmark = pytest.mark.process
@@ -112,7 +113,11 @@ def test_the_preparation_of_the_corpus_may_take_longer_than_any_other_part_of_th
 
 def test_one_process_that_hangs_ends_with_19_too(train, tmp_path):
     assert train(HANG, before=partial(do_at, 5, sleep_for_ever)).wait() == 19
-    assert summary(tmp_path / "run")["exit_code"] == 19
+    run = tmp_path / "run"
+    last = read_metrics(run / METRICS)[-1]
+    assert last["step"] == 4
+    told = summary(run)
+    assert (told["exit_code"], told["steps"], told["tokens"]) == (19, 4, last["tokens"])
 
 
 def test_a_run_that_works_leaves_no_watchdog_and_no_stacks(train, tmp_path):
