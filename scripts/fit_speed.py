@@ -2,9 +2,9 @@
 
 python scripts/fit_speed.py docs/results/training_h200.json docs/results/attention_h100.json
 
-Of a training file count the rows with arm `nsa` that have a profile; of those with the same size the one with the
-shortest rows on the fewest GPUs. Of an attention file count the fastest dense kernels of one document, which give
-`attention, full`.
+Of a training file count the rows with arm `nsa` that have a profile; of a preset's at one length that with most rows
+a forward pass, which leaves least of the GPU idle; of those with the same size the one with the shortest rows on the
+fewest GPUs. Of an attention file count the fastest dense kernels of one document, which give `attention, full`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ from nsa_train.train.profile import DATA, HOST
 
 def of_training(gpu: Gpu, rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, float]] = {}
-    for row in sorted(rows, key=lambda row: (row["T"], row["gpus"]), reverse=True):
-        if row["attention"] == "nsa" and row.get("parts"):
-            config = load_config(settings_of(row))
-            config = at_stage(config, stages_of(config)[0], row["gpus"])
-            on_gpu = {part: ms for part, ms in row["parts"].items() if part not in (DATA, HOST)}
-            for part, shares in fitted(config, gpu, row["gpus"], on_gpu).items():
-                found[part] = found.get(part, {}) | shares
+    fullest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in (row for row in rows if row["attention"] == "nsa" and row.get("parts")):
+        of = fullest.setdefault((row["preset"], row["T"], row["gpus"]), row)
+        if row["micro_batch"] >= of["micro_batch"]:
+            fullest[row["preset"], row["T"], row["gpus"]] = row
+    for row in sorted(fullest.values(), key=lambda row: (row["T"], row["gpus"]), reverse=True):
+        config = load_config(settings_of(row))
+        config = at_stage(config, stages_of(config)[0], row["gpus"])
+        on_gpu = {part: ms for part, ms in row["parts"].items() if part not in (DATA, HOST)}
+        for part, shares in fitted(config, gpu, row["gpus"], on_gpu).items():
+            found[part] = found.get(part, {}) | shares
     return found
 
 

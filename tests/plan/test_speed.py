@@ -48,6 +48,8 @@ def test_the_script_prints_the_shares_of_a_result_file(tmp_path):
            "checkpointing": False, "overrides": ["trainer.batch_rows=8"], "parts": MS}  # fmt: skip
     host = {"data": 3.0, "waiting for the host": 500.0}
     rows = [row | {"parts": MS | host}, row | {"attention": "full", "parts": {"experts": 1.0}}, row | {"parts": {}}]
+    idle = {part: 3 * ms for part, ms in MS.items()}
+    rows.append(row | {"micro_batch": 1, "parts": idle})  # fewer rows a pass: says less of what the GPU can do
     head = {"schema": "nsa-train/training/1", "date": "2026-01-01", "commit": None, "command": "c"}
     path = tmp_path / "training_h200.json"
     path.write_text(json.dumps({**head, "device": {"name": speed.GPUS["h200"].name}, "rows": rows}))
