@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Row = dict[str, Any]
+KNOWN = (  # whose colours are the same in every figure
+    "full", "full_gated", "nsa", "nsa_random", "window", "nsa_no_slc", "full_gated_wide", "nsa_shared_kv", "nsa_no_win",
+)  # fmt: skip
 
 
 def plot_comparison(rows: list[Row], path: Path) -> None:
@@ -33,7 +36,7 @@ def plot_comparison(rows: list[Row], path: Path) -> None:
     arms = [row["arm"] for row in rows if row["what"] == "arm"]
     runs = [row for row in rows if row["what"] == "run"]
     differences = [row for row in rows if row["what"] == "difference" and row["baseline"] == head["baseline"]]
-    colour = {arm: f"C{i}" for i, arm in enumerate(arms)}
+    colour = {arm: f"C{i}" for i, arm in enumerate(dict.fromkeys((*KNOWN, *arms))) if arm in arms}
     figure, axes = plt.subplots(3, 3, figsize=(15, 13.5), dpi=90)
     late = [point["loss"] for run in runs for point in _shown(head, run, FLAT_UNTIL)]
     margin = 0.05 * (max(late) - min(late)) + 0.01

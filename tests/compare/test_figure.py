@@ -87,3 +87,9 @@ def test_last_losses_are_drawn_over_when_runs_learnt_to_copy(drawn):
 def test_the_entropy_of_single_tokens_is_drawn_where_it_does_not_flatten_the_curves(drawn, entropy, shown):
     (tokens, flops, seconds), _, _ = drawn(summary={"unigram_entropy": entropy})
     assert [len(place.lines) for place in (tokens, flops, seconds)] == [6 + shown, 4 + shown, 4 + shown]
+
+
+def test_an_arm_has_its_colour_whatever_stands_beside_it(drawn):
+    (tokens, *_), (*_, ends), _ = drawn(seeds=(0,))
+    assert [line.get_color() for line in tokens.lines[:2]] == ["C0", "C2"]  # between them full_gated, which is absent
+    assert [dot.get_color() for dot in ends.lines] == ["C0", "C2"]
