@@ -102,11 +102,11 @@ def _compose(overrides: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
         raise ConfigError("wrong command-line override:\n" + "\n".join(f"  {line}" for line in problems))
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            cfg = compose("config", [_as_hydra(text) for text in overrides], return_hydra_config=True)
+            cfg = compose("config", [text for text in overrides if _is_choice(text)], return_hydra_config=True)
         choices = dict(cfg.hydra.runtime.choices)
-        OmegaConf.set_struct(cfg, False)
-        values = [text for text in overrides if text.partition("=")[0] not in GROUPS]
-        for override in OverridesParser.create().parse_overrides(values):  # Hydra merges a table into the one there
+        OmegaConf.set_struct(cfg, False)  # a misspelt key is to reach our own check
+        values = OverridesParser.create().parse_overrides([text for text in overrides if not _is_choice(text)])
+        for override in values:  # compose would merge a table into the one there
             OmegaConf.update(cfg, override.key_or_group, override.value(), merge=False)
         cfg.pop("hydra")
         tree = typing.cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=False))
@@ -134,9 +134,9 @@ def _bad_override(text: str) -> str | None:
     return None
 
 
-def _as_hydra(text: str) -> str:
-    """Group choices as they are; values with `++`, so that a misspelt key reaches our own check."""
-    return text if text.partition("=")[0] in GROUPS else f"++{text}"
+def _is_choice(text: str) -> bool:
+    """Of an option of a group, not of a value."""
+    return text.partition("=")[0] in GROUPS
 
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:
