@@ -2,9 +2,10 @@
 
 python scripts/fit_speed.py docs/results/training_h200.json docs/results/attention_h100.json
 
-Of a training file count the rows with arm `nsa` that have a profile; of a preset's at one length that with most rows
-a forward pass, which leaves least of the GPU idle; of those with the same size the one with the shortest rows on the
-fewest GPUs. Of an attention file count the fastest dense kernels of one document, which give `attention, full`.
+Of a training file count the rows with arm `nsa` that have a profile; of a preset's at one length and number of GPUs
+that with most rows a forward pass, which leaves least of the GPU idle; of those with the same size the one with the
+shortest rows on the fewest GPUs. Of an attention file count the fastest dense kernels of one document, which give
+`attention, full`.
 """
 
 from __future__ import annotations
@@ -27,9 +28,8 @@ def of_training(gpu: Gpu, rows: list[dict[str, Any]]) -> dict[str, dict[int, flo
     found: dict[str, dict[int, float]] = {}
     fullest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in (row for row in rows if row["attention"] == "nsa" and row.get("parts")):
-        of = fullest.setdefault((row["preset"], row["T"], row["gpus"]), row)
-        if row["micro_batch"] >= of["micro_batch"]:
-            fullest[row["preset"], row["T"], row["gpus"]] = row
+        at = row["preset"], row["T"], row["gpus"]
+        fullest[at] = max(row, fullest.get(at, row), key=lambda one: one["micro_batch"])  # the later one of two alike
     for row in sorted(fullest.values(), key=lambda row: (row["T"], row["gpus"]), reverse=True):
         config = load_config(settings_of(row))
         config = at_stage(config, stages_of(config)[0], row["gpus"])

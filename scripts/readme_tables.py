@@ -91,11 +91,11 @@ def verdicts() -> str:
         "is the loss as good?": f"77M parameters, 0.2B tokens, {len(full['seeds'])} seeds: {full['mean']:+.3f} nats "
         f"against full attention (one-sided 95% bound {full['upper']:+.3f}), {gated['mean']:+.3f} "
         f"({gated['low']:+.3f} to {gated['high']:+.3f}) against full attention with a gate",
-        "what brings it?": "a gate: of seed 0, against full attention with one, full attention without is "
+        "what brings it?": "of seed 0, against full attention with a gate: without one "
         f"{apart['full']}, a gated window alone {apart['window']}, compressed blocks beside it {apart['nsa_no_slc']}, "
         f"blocks drawn at random, too, {apart['nsa_random']}, chosen ones in their place (NSA) {apart['nsa']}",
         "does it recall over long context?": "not at this size: of facts asked by key at 4k, in words of training and "
-        f"after a stage of recall, it finds {right['trained', 'nsa']}, as many as copying any value does, full "
+        f"after a stage of recall, it finds {right['trained', 'nsa']} (copying any value, 3%), full "
         f"attention {right['trained', 'full']}; in held-out words {right['held out', 'nsa']} and "
         f"{right['held out', 'full']}",
     }

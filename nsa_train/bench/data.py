@@ -1,4 +1,7 @@
-"""How fast the data pipeline is on one core: planning, reading packed rows, tokenising. Writes data.json."""
+"""How fast the data pipeline is on one core: planning, reading packed rows, tokenising.
+
+Writes data.json and a figure beside it.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="the corpus whose text is tokenised")
     parser.add_argument("--documents", type=int, default=10_000_000, help="to plan")
     parser.add_argument("--tokens", type=int, default=200_000_000, help="to read packed rows from")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of JSON and figure")
     options = parser.parse_args(arguments)
     config = load_config(options.overrides)
     rows = [*planning(config, options.documents), *reading(config, options.tokens), *tokenising(config)]

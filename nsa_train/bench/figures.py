@@ -77,18 +77,12 @@ def plot_training(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}  # preset, arm, and what else tells them apart
-    for row in result["rows"]:
-        if row["gpus"] == 1 and "tokens_per_s" in row:
-            key = row["preset"], row["attention"]
-            other = row["T"] in lines.get((*key, ""), {})
-            lines.setdefault((*key, f", {row['batch_rows']} rows a step" if other else ""), {})[row["T"]] = row
-    figure, (speed, share) = plt.subplots(1, 2, figsize=(12, 4), dpi=110)
+    lines = _lines([row for row in result["rows"] if row["gpus"] == 1 and "tokens_per_s" in row])
+    figure, (speed, share) = plt.subplots(1, 2, figsize=(13, 4), dpi=110)
     presets, arms = (list(dict.fromkeys(key[place] for key in lines)) for place in (0, 1))
-    for (preset, arm, rest), by_length in lines.items():
-        rows = [by_length[T] for T in sorted(by_length)]
+    for (preset, arm, *words), rows in lines.items():
         look = {
-            "color": f"C{presets.index(preset)}", "label": f"{preset}, {arm}{rest}",
+            "color": f"C{presets.index(preset)}", "label": ", ".join([preset, arm, *words]),
             "ls": "-" if arm == "nsa" else "--", "marker": MARKS[arms.index(arm) % len(MARKS)],
         }  # fmt: skip
         lengths = [row["T"] for row in rows]
@@ -106,10 +100,26 @@ def plot_training(result: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_bars(rows: Sequence[dict[str, Any]], path: Path, about: str, group: str, label: str, value: str) -> None:
-    """A bar for each row, its value beside it, in a panel for each value of `group`; the other words are keys, too.
+def _lines(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], list[dict[str, Any]]]:
+    """Rows by preset and arm, the shortest first.
 
-    A row without a figure, for it failed, keeps its place.
+    Those of a preset that has two rows of one arm and length are told apart further: by rows a step, text and settings.
+    """
+    places = [(row["preset"], row["attention"], row["T"]) for row in rows]
+    crowded = {place[0] for place in places if places.count(place) > 1}
+    lines: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["T"]):
+        words = [word for word in row["overrides"] if not word.startswith(("data.", "trainer.batch_rows="))]
+        further = [f"{row['batch_rows']} rows a step", *words] if row["preset"] in crowded else []
+        lines.setdefault((row["preset"], row["attention"], *further), []).append(row)
+    return lines
+
+
+def plot_bars(rows: Sequence[dict[str, Any]], path: Path, about: str, group: str, label: str, value: str) -> None:
+    """A bar for each row, its figure beside it, in panels.
+
+    group, label, value  keys of a row: the title of its panel, the name of its bar, and its figure, without which it
+                         failed and keeps its place
     """
     import matplotlib
 
@@ -137,7 +147,9 @@ def plot_bars(rows: Sequence[dict[str, Any]], path: Path, about: str, group: str
 
 
 def _shown(value: float) -> str:
-    return f"{value:,.4g}" if value < 1e6 else f"{value / 1e6:,.1f} M"
+    if value < 1e3:
+        return f"{value:.4g}"
+    return f"{value:,.0f}" if value < 1e6 else f"{value / 1e6:,.1f} M"
 
 
 def plot_grids(grids: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:

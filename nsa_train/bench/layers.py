@@ -133,12 +133,12 @@ def _passes(make: Callable[[], Work], part: Part) -> Timed:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the benchmark and write <out>/layers_<gpu>.json; the exit code."""
+    """Run the benchmark and write <out>/layers_<gpu>.json and a figure beside it; the exit code."""
     parser = argparse.ArgumentParser(prog="nsa-train bench layers", description=__doc__)
     parser.add_argument("--preset", default="m", help="whose sizes")
     parser.add_argument("--tokens", type=int, default=24576)
     parser.add_argument("--seconds", type=float, default=4.0, help="time for the turns of one part")
-    parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of the JSON")
+    parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of JSON and figure")
     parser.add_argument("--commit", help="source commit, where the checkout does not know it")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():

@@ -60,10 +60,11 @@ def one_run(case: Case, gpus: int, rest: list[str], folder: Path) -> dict[str, A
     config = load_config(overrides)
     plan = need(config, gpus)
     planned = {group: {part: size / GIB for part, size in parts.items()} for group, parts in vars(plan).items()}
+    words = [*map(results.without_folders, (*own, *rest))]
     row: dict[str, Any] = {
         "preset": preset, "attention": arm, "T": T, "micro_rows": micro_rows, "dtype": config.trainer.dtype,
         "checkpointing": config.trainer.activation_checkpointing, "recomputed": list(config.trainer.computed_again),
-        "zero": config.parallel.zero_stage, "gpus": gpus, "overrides": [*own, *rest], "planned_gib": planned,
+        "zero": config.parallel.zero_stage, "gpus": gpus, "overrides": words, "planned_gib": planned,
         "planned_total_gib": plan.total / GIB,
     }  # fmt: skip
     name = "-".join(str(word) for word in (*case[:4], row["dtype"], *row["recomputed"], row["zero"]))
@@ -102,22 +103,22 @@ def markdown(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
 
 
 def plot_memory(rows: Sequence[dict[str, Any]], path: Path, device: str) -> None:
-    """Peaks beside today's plans."""
+    """Peaks beside what was planned when they were measured."""
     bars: list[dict[str, Any]] = []
     for row in rows:
         again = ", ".join(parts_recomputed(row))
-        name = f"{row['preset']}, {row['attention']}, {row['micro_rows']} x {row['T'] // 1024}k, {row['dtype']}"
-        name += f", ZeRO {row['zero']}" + (f", recomputed: {again}" if again else "")
+        name = f"{row['gpus']} x {device}, {row['preset']}, {row['attention']}, {row['micro_rows']} x "
+        name += f"{row['T'] // 1024}k, {row['dtype']}, ZeRO {row['zero']}" + (f", recomputed: {again}" if again else "")
         peak = {} if "error" in row else {"gib": row["peak_gib"]}
         bars += [
-            {"run": name, "what": "planned", "gib": plan_of(row).total / GIB},
+            {"run": name, "what": "planned", "gib": row["planned_total_gib"]},
             {"run": name, "what": "peak"} | peak,
         ]
-    plot_bars(bars, path, f"{device}, peak memory beside the plan's, GiB", "run", "what", "gib")
+    plot_bars(bars, path, "peak memory beside the plan's, GiB", "run", "what", "gib")
 
 
 def main(arguments: list[str]) -> int:
-    """Run the benchmark and write <out>/memory_<gpu>.json; the exit code."""
+    """Run the benchmark and write <out>/memory_<gpu>.json and a figure beside it; the exit code."""
     parser = argparse.ArgumentParser(prog="nsa-train bench memory", description=__doc__)
     parser.add_argument("--presets", nargs="+", default=["r1", "r2", "m"])
     args = parse_on_gpus(parser, arguments, "memory of GPUs")
@@ -130,6 +131,6 @@ def main(arguments: list[str]) -> int:
             runtime.log.info("%s", rows[-1])
             every = results.with_earlier(args.out / f"{name}.json", rows, key_of)
             written = results.write_result(name, "memory", every, args.commit, args.out)
-            plot_memory(every, written.with_suffix(".png"), torch.cuda.get_device_name())
+    plot_memory(every, written.with_suffix(".png"), torch.cuda.get_device_name())
     runtime.log.info("%s\n%s", markdown([(torch.cuda.get_device_name(), row) for row in rows]), written)
     return 0

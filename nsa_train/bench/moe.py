@@ -147,7 +147,7 @@ def _passes(make: Callable[[Case], tuple[Layer, list[nn.Parameter]]], case: Case
 
 
 def main(arguments: list[str]) -> int:
-    """Run the benchmark and write <out>/moe_<gpu>.json; the exit code."""
+    """Run the benchmark and write <out>/moe_<gpu>.json and a figure beside it; the exit code."""
     parser = argparse.ArgumentParser(prog="nsa-train bench moe", description=__doc__)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--width", type=int, default=2560)
@@ -156,7 +156,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--top-k", type=int, default=6)
     parser.add_argument("--loads", nargs="+", default=["even", "skewed"], choices=["even", "skewed"])
     parser.add_argument("--seconds", type=float, default=5.0, help="time for the turns of one load")
-    parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of the JSON")
+    parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of JSON and figure")
     parser.add_argument("--commit", help="source commit, where the checkout does not know it")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():

@@ -27,8 +27,8 @@ def markdown(result: dict[str, Any], figure: str) -> str:
         ("Long context", ABOUT_EVALUATIONS, _evaluations(of["arm"], of["eval"])),
         ("Held-out loss by length of row and position", ABOUT_ROWS, _rows_by_position(of["arm"], of["eval"])),
         ("Answers by length and depth", ABOUT_GRIDS, _grids(of["grid"])),
-        ("Selection on held-out text", ABOUT_SELECTION, _selection(of["arm"], of["selection"], "length")),
-        ("Selection by layer", ABOUT_LAYERS, _selection(of["arm"], _longest(of["selection_head"], head), "layer")),
+        ("Selection on held-out text", ABOUT_SELECTION, _selection(of["arm"], of["selection"])),
+        ("Selection by layer", ABOUT_LAYERS, _selection(of["arm"], _as_trained(of["selection_head"], head))),
         ("Attention maps", ABOUT_MAPS, _maps(of["maps"])),
         ("Secondary endpoints", ABOUT_SECONDARY, _secondary(of["secondary"])),
         ("Inside the models", "Means over the layers; the JSON has them layer by layer.", _layers(of["arm"])),
@@ -84,7 +84,9 @@ ABOUT_SELECTION = (
     "neighbouring tokens read, and how many of a token's blocks the next one reads too. Of queries at token n l' of "
     "their document and after; means over layers, KV heads and seeds."
 )
-ABOUT_LAYERS = "The same of each layer, in the longest of these rows that is not longer than those of training."
+ABOUT_LAYERS = (
+    "The same of each layer, in each arm's longest rows that are no longer than those of training, or its shortest."
+)
 ABOUT_MAPS = (
     "First, middle and last layer on one held-out document, as in the paper's figure 8; of NSA a full softmax over the "
     "keys of the selected branch, and the blocks that it reads."
@@ -220,26 +222,30 @@ def _grids(rows: list[Row]) -> Iterator[str]:
     yield from (f"![answers to {task}, by length and depth]({figure})" for task, figure in tasks.items())
 
 
-def _longest(found: list[Row], head: Row) -> list[Row]:
-    """Those at the longest length that training had, or at the shortest of all."""
-    lengths = sorted({row["length"] for row in found})
-    seen = [length for length in lengths if length <= max(head["row_tokens"])] or lengths[:1]
-    return [row for row in found if row["length"] == seen[-1]]
+def _as_trained(found: list[Row], head: Row) -> list[Row]:
+    """Of each arm those at the longest length that training had, or else at its shortest."""
+    trained, chosen = max(head["row_tokens"]), {}
+    for arm in {row["arm"] for row in found}:
+        lengths = sorted({row["length"] for row in found if row["arm"] == arm})
+        chosen[arm] = max((length for length in lengths if length <= trained), default=lengths[0])
+    return [row for row in found if row["length"] == chosen[row["arm"]]]
 
 
-def _selection(arms: list[Row], found: list[Row], key: str) -> Iterator[str]:
-    """A line for each arm and value of `key`, length or layer."""
+def _selection(arms: list[Row], found: list[Row]) -> Iterator[str]:
+    """A line for each arm and length, and for each layer where rows name one."""
+    places = ("arm", "length", *(key for key in ("layer",) if found and key in found[0]))
     together = list(found[0]["distinct_blocks"]) if found else []
-    columns = ("arm", {"length": "tokens"}.get(key, key), "chosen blocks hold", "best", "random", "forced",
+    columns = ("arm", "tokens", *places[2:], "chosen blocks hold", "best", "random", "forced",
                *(f"read by {n}" for n in together), "next one reads")  # fmt: skip
     lines = []
-    for arm, value in dict.fromkeys((a["arm"], r[key]) for a in arms for r in found if r["arm"] == a["arm"]):
-        rows = [row for row in found if (row["arm"], row[key]) == (arm, value)]
-        held = [mean(row[key] for row in rows) for key in
+    for at in dict.fromkeys(tuple(r[key] for key in places) for a in arms for r in found if r["arm"] == a["arm"]):
+        rows = [row for row in found if tuple(row[key] for key in places) == at]
+        held = [mean(row[share] for row in rows) for share in
                 ("selection_recall", "best_recall", "random_recall", "forced_recall", "neighbour_overlap")]  # fmt: skip
         distinct = [mean(row["distinct_blocks"][n] for row in rows) for n in together]
+        named = (f"`{at[0]}`", *(f"{number:,}" for number in at[1:]))
         shares = [f"{share:.1%}" for share in held]
-        lines.append((f"`{arm}`", f"{value:,}", *shares[:-1], *(f"{n:.1f}" for n in distinct), shares[-1]))
+        lines.append((*named, *shares[:-1], *(f"{n:.1f}" for n in distinct), shares[-1]))
     yield from _table(columns, lines)
     yield from _seeds(found)
 

@@ -15,6 +15,7 @@ from nsa_train.compare.runs import ARM_KEYS, Arms, Run
 from nsa_train.compare.speeds import Speeds
 from nsa_train.compare.statistics import spread
 from nsa_train.data.stages import stages_of
+from nsa_train.errors import RunFolderError
 from nsa_train.train.answers import settings_of
 
 OF_BLOCKS = (
@@ -129,6 +130,11 @@ def _answers(run: Run) -> list[dict[str, Any]]:
 
 def _eval_row(run: Run, row: dict[str, Any]) -> dict[str, Any]:
     what, keys = EVALUATED[row["what"]]
+    needed = {"selection": OF_BLOCKS, "head": (*OF_BLOCKS, "layer")}.get(row["what"], ())
+    if lacking := [key for key in needed if key not in row]:
+        raise RunFolderError(
+            f"{run.path}: answers to task=blocks lack {', '.join(lacking)}; ask `nsa-train eval` again"
+        )
     return {"what": what, "arm": run.arm, "seed": run.seed, **{key: row[key] for key in keys if key in row}}
 
 

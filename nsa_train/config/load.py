@@ -106,6 +106,8 @@ def _compose(overrides: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
         choices = dict(cfg.hydra.runtime.choices)
         OmegaConf.set_struct(cfg, False)  # a misspelt key is to reach our own check
         values = OverridesParser.create().parse_overrides([text for text in overrides if not _is_choice(text)])
+        if several := [override.input_line for override in values if override.is_sweep_override()]:
+            raise ConfigError(f"{', '.join(several)}: a key has one value; write a list as [a,b]")
         for override in values:  # compose would merge a table into the one there
             OmegaConf.update(cfg, override.key_or_group, override.value(), merge=False)
         cfg.pop("hydra")

@@ -38,7 +38,8 @@ def about_runs(
             check_fits(run, config, options)
         results.with_earlier(file, [], lambda row: row["run"])
         for run, config in configs.items():
-            found = results.with_earlier(file, list(rows(run, config, options)), lambda row: row["run"])
+            now = [row | results.source(None) for row in rows(run, config, options)]
+            found = results.with_earlier(file, now, lambda row: row["run"])
             print(results.write_result(name, name, found, folder=args.out))
     except NsaTrainError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -162,8 +162,10 @@ class _Watched:
         """summary.json, which the rank cannot write any more."""
         place, aside = self.run_dir / "summary.json", self.run_dir / ".summary.json.tmp"
         before = json.loads(place.read_text()) if place.exists() else {"steps": 0}
-        ended = {"status": "failed", "exit_code": code}
-        aside.write_text(json.dumps({**before, **self.logged_last(), **ended}, indent=1) + "\n")
+        logged = self.logged_last()
+        if logged.get("steps", 0) > before["steps"]:  # else an earlier launch came further than it logged
+            before |= logged
+        aside.write_text(json.dumps({**before, "status": "failed", "exit_code": code}, indent=1) + "\n")
         os.replace(aside, place)
 
     def logged_last(self) -> dict[str, int]:

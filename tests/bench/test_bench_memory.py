@@ -56,14 +56,27 @@ def test_the_table_has_a_line_for_each_row_also_for_those_that_failed(monkeypatc
 
 def test_the_picture_has_every_run_s_peak_beside_the_plan(monkeypatch, tmp_path):
     done, _ = row_of(monkeypatch, tmp_path, Run(1.0, None, [{"mem_gib": 2.0}], {}))
-    failed, _ = row_of(monkeypatch, tmp_path, Run(1.0, "exit code 1", [], {}), memory.CASES[1])
+    failed, _ = row_of(monkeypatch, tmp_path, Run(1.0, "exit code 1", [], {}), memory.CASES[1], gpus=2)
     drawn = []
-    monkeypatch.setattr(memory, "plot_bars", lambda rows, *rest: drawn.append((rows, rest)))
+    monkeypatch.setattr("nsa_train.bench.figures.save_figure", lambda figure, path: drawn.append((figure, path)))
     memory.plot_memory([done, failed], tmp_path / "memory.png", "a GPU")
-    ((rows, rest),) = drawn
-    assert [(row["what"], row.get("gib")) for row in rows] == [
-        ("planned", pytest.approx(memory.plan_of(done).total / GIB)), ("peak", 2.0),
-        ("planned", pytest.approx(memory.plan_of(failed).total / GIB)), ("peak", None),
-    ]  # fmt: skip
-    assert [row["run"] for row in rows[::2]] == ["r1, nsa, 8 x 8k, bf16, ZeRO 2", "r1, full, 8 x 8k, bf16, ZeRO 2"]
-    assert rest[0] == tmp_path / "memory.png"
+    ((figure, path),) = drawn
+    assert path == tmp_path / "memory.png"
+    panels = {
+        place.get_title(): {
+            label.get_text(): text.get_text()
+            for label, text in zip(place.get_yticklabels(), place.texts, strict=True)
+        }
+        for place in figure.axes
+    }  # fmt: skip
+    plans = [f"{row['planned_total_gib']:.4g}" for row in (done, failed)]
+    assert panels == {
+        "1 x a GPU, r1, nsa, 8 x 8k, bf16, ZeRO 2": {"planned": plans[0], "peak": "2"},
+        "2 x a GPU, r1, full, 8 x 8k, bf16, ZeRO 2": {"planned": plans[1], "peak": "failed"},
+    }
+
+
+def test_no_path_of_the_machine_stands_in_a_row(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "train_run", lambda *arguments, **more: Run(1.0, "exit code 1", [], {}))
+    row = memory.one_run(memory.CASES[0], 1, ["data=stdlib", f"data.corpus={tmp_path}/text"], tmp_path)
+    assert row["overrides"][-1] == "data.corpus=text"

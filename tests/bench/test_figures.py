@@ -6,10 +6,10 @@ import pytest
 from nsa_train.bench.figures import plot_bars, plot_training
 
 
-def row(preset, arm, T, speed, gpus=1, rows=8):
+def row(preset, arm, T, speed, gpus=1, rows=8, overrides=()):
     return {
-        "preset": preset, "attention": arm, "T": T, "gpus": gpus, "batch_rows": rows, "tokens_per_s": speed,
-        "mfu_executed": 0.25,
+        "preset": preset, "attention": arm, "T": T, "gpus": gpus, "batch_rows": rows, "overrides": overrides,
+        "tokens_per_s": speed, "mfu_executed": 0.25,
     }  # fmt: skip
 
 
@@ -36,19 +36,28 @@ def test_training_shows_single_gpus_by_length_and_leaves_failed_rows_out(tmp_pat
     assert [list(line.get_ydata()) for line in share.lines] == [[25.0, 25.0], [25.0]]
 
 
-def test_training_shows_runs_that_differ_in_the_rows_of_a_step_apart(tmp_path, shown):
-    rows = [row("m", "nsa", 8192, 40.0), row("m", "nsa", 8192, 60.0, rows=2), row("m", "window", 8192, 90.0, rows=2)]
+def test_training_tells_apart_what_a_preset_has_two_rows_of(tmp_path, shown):
+    graphs = ["trainer.cuda_graphs=true", "data.root=text", "trainer.batch_rows=8"]
+    rows = [row("r1", "nsa", 8192, 40.0), row("r1", "nsa", 8192, 60.0, rows=2), row("r1", "window", 8192, 90.0, rows=2)]
+    rows += [
+        row("r1", "nsa", 8192, 50.0, overrides=graphs),
+        row("m", "nsa", 8192, 4.0),
+        row("m", "nsa", 65536, 5.0, rows=1),
+    ]
     plot_training({"rows": rows, "device": {"name": "a GPU"}}, tmp_path / "training.png")
     lines = {line.get_label(): list(line.get_ydata()) for line in shown[0].axes[0].lines}
-    assert lines == {"m, nsa": [40.0], "m, nsa, 2 rows a step": [60.0], "m, window": [90.0]}
+    assert lines == {
+        "r1, nsa, 8 rows a step": [40.0], "r1, nsa, 2 rows a step": [60.0], "r1, window, 2 rows a step": [90.0],
+        "r1, nsa, 8 rows a step, trainer.cuda_graphs=true": [50.0], "m, nsa": [4.0, 5.0],
+    }  # fmt: skip
     marks = {line.get_label(): line.get_marker() for line in shown[0].axes[0].lines}
-    assert marks["m, nsa"] == marks["m, nsa, 2 rows a step"] != marks["m, window"]
+    assert marks["r1, nsa, 8 rows a step"] == marks["m, nsa"] != marks["r1, window, 2 rows a step"]
 
 
 def test_bars_stand_in_panels_with_their_values_and_failed_rows_keep_their_place(tmp_path, shown):
     rows = [
         {"load": "even", "impl": "ours", "ms": 2.5}, {"load": "even", "impl": "theirs", "error": "no memory"},
-        {"load": "skewed", "impl": "ours", "ms": 48_600_000.0},
+        {"load": "skewed", "impl": "ours", "ms": 48_600_000.0}, {"load": "skewed", "impl": "theirs", "ms": 12_345.6},
     ]  # fmt: skip
     path = tmp_path / "bars.png"
     plot_bars(rows, path, "a GPU", "load", "impl", "ms")
@@ -57,4 +66,4 @@ def test_bars_stand_in_panels_with_their_values_and_failed_rows_keep_their_place
     assert [label.get_text() for label in panels["even"].get_yticklabels()] == ["ours", "theirs"]
     assert [bar.get_width() for bar in panels["even"].patches] == [2.5, 0.0]
     assert [text.get_text() for text in panels["even"].texts] == ["2.5", "failed"]
-    assert [text.get_text() for text in panels["skewed"].texts] == ["48.6 M"]
+    assert [text.get_text() for text in panels["skewed"].texts] == ["48.6 M", "12,346"]

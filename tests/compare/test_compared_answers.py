@@ -4,6 +4,8 @@ import json
 
 from folders import compared, make_run
 
+from nsa_train.cli import main
+
 OF_TODAY = {"settings": {"corpus_hash": "c"}}
 HELDOUT_ROW = {"what": "summary", "task": "heldout", **OF_TODAY}
 
@@ -104,9 +106,9 @@ def test_selection_and_maps_of_the_runs_stand_in_the_report(tmp_path):
             "neighbour_overlap": 0.875, "distance": {},
         }  # fmt: skip
         heads = [
-            {**whole, "what": "head", "length": length, "layer": layer, "kv_head": 0,
-             "selection_recall": recall - layer / 4 if length == 512 else 0.0}
-            for length in (256, 512, 4096) for layer in (0, 1)
+            {**whole, "what": "head", "length": length, "layer": layer, "kv_head": head,
+             "selection_recall": recall - layer / 4 + head / 10 if length == 512 else 0.0}
+            for length in (256, 512, 4096) for layer in (0, 1) for head in (0, 1)
         ]  # fmt: skip
         (run / "eval" / "blocks.json").write_text(json.dumps({"rows": [whole, *heads]}))
     for run in (runs[0], runs[3]):
@@ -116,11 +118,35 @@ def test_selection_and_maps_of_the_runs_stand_in_the_report(tmp_path):
     for line in (
         "| arm | tokens | chosen blocks hold | best | random | forced | read by 2 | read by 4 | read by 8 | next",
         "| `nsa` | 512 | 80.0% | 90.0% | 25.0% | 12.5% | 9.0 | 10.5 | 12.2 | 87.5% |",
-        "| arm | layer | chosen blocks hold | best | random | forced | read by 2 | read by 4 | read by 8 | next",
-        "| `nsa` | 1 | 55.0% | 90.0% | 25.0% | 12.5% | 9.0 | 10.5 | 12.2 | 87.5% |",
+        "| arm | tokens | layer | chosen blocks hold | best | random | forced | read by 2 | read by 4 | read by 8 |",
+        "| `nsa` | 512 | 1 | 60.0% | 90.0% | 25.0% | 12.5% | 9.0 | 10.5 | 12.2 | 87.5% |",
         "![attention maps of full, seed 0](comparison_tiny_maps_full.png)",
         "![attention maps of nsa, seed 1](comparison_tiny_maps_nsa.png)",
     ):
         assert line in text
     assert (tmp_path / "out" / "comparison_tiny_maps_nsa.png").read_text() == runs[3].name
     assert "Long context" not in text
+
+
+def test_selection_by_layer_of_runs_that_were_asked_at_longer_rows_only_is_that_of_the_shortest(tmp_path):
+    runs = [make_run(tmp_path, arm) for arm in ("full", "nsa")]
+    head = {
+        "what": "head", "task": "blocks", "layer": 0, "kv_head": 0, "selection_recall": 0.5, "best_recall": 0.9,
+        "random_recall": 0.25, "forced_recall": 0.125, "distinct_blocks": {"2": 9.0}, "neighbour_overlap": 0.875,
+    }  # fmt: skip
+    (runs[1] / "eval").mkdir()
+    answers = runs[1] / "eval" / "blocks.json"
+    answers.write_text(json.dumps({"rows": [head | {"length": 4096}, head | {"length": 1024}]}))
+    _, text = compared(tmp_path / "out", runs)
+    assert "| `nsa` | 1,024 | 0 | 50.0% |" in text
+    assert "| `nsa` | 4,096 | 0 |" not in text
+
+
+def test_answers_to_blocks_that_lack_figures_are_refused(tmp_path, capsys):
+    runs = [make_run(tmp_path, arm) for arm in ("full", "nsa")]
+    (runs[1] / "eval").mkdir()
+    row = {"what": "head", "task": "blocks", "length": 512}
+    (runs[1] / "eval" / "blocks.json").write_text(json.dumps({"rows": [row]}))
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 2
+    assert f"{runs[1]}: answers to task=blocks lack selection_recall, " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -4,6 +4,8 @@ import pytest
 from folders import ORIGIN, make_run
 
 from nsa_train.cli import main
+from nsa_train.compare.figure import KNOWN
+from nsa_train.config.load import options
 
 STEP = 512 * 8  # tokens
 
@@ -93,3 +95,8 @@ def test_an_arm_has_its_colour_whatever_stands_beside_it(drawn):
     (tokens, *_), (*_, ends), _ = drawn(seeds=(0,))
     assert [line.get_color() for line in tokens.lines[:2]] == ["C0", "C2"]  # between them full_gated, which is absent
     assert [dot.get_color() for dot in ends.lines] == ["C0", "C2"]
+
+
+def test_every_arm_has_a_colour_of_its_own():
+    assert sorted(KNOWN) == options("attention")
+    assert len(KNOWN) <= 10  # colours there are

@@ -112,12 +112,27 @@ def test_the_preparation_of_the_corpus_may_take_longer_than_any_other_part_of_th
 
 
 def test_one_process_that_hangs_ends_with_19_too(train, tmp_path):
-    assert train(HANG, before=partial(do_at, 5, sleep_for_ever)).wait() == 19
+    assert (
+        train(HANG, "trainer.log_every=2", "trainer.val_every=12", before=partial(do_at, 4, sleep_for_ever)).wait()
+        == 19
+    )
     run = tmp_path / "run"
     last = read_metrics(run / METRICS)[-1]
-    assert last["step"] == 4
+    assert last["step"] == 2
     told = summary(run)
-    assert (told["exit_code"], told["steps"], told["tokens"]) == (19, 4, last["tokens"])
+    assert (told["exit_code"], told["steps"], told["tokens"]) == (19, 2, last["tokens"])
+
+
+def test_a_hang_leaves_the_steps_that_an_earlier_launch_took_without_logging_them(train, tmp_path):
+    quiet = ("trainer.log_every=12", "trainer.val_every=12")
+    stop = partial(signal_at, ENGINE, "backward", 9, signal.SIGTERM)
+    assert train(*quiet, before=stop).wait() == 75
+    run = tmp_path / "run"
+    taken = summary(run)["steps"]
+    assert taken > 0
+    (run / METRICS).write_text("")
+    assert train(*quiet, HANG, before=partial(do_at, 1, sleep_for_ever)).wait() == 19
+    assert (summary(run)["exit_code"], summary(run)["steps"]) == (19, taken)
 
 
 def test_a_run_that_works_leaves_no_watchdog_and_no_stacks(train, tmp_path):
