@@ -6,6 +6,8 @@ NPROC ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),1)
 CORES := $(shell nproc 2>/dev/null || echo 1)
 
 BIN := .venv/bin
+# One process needs no launcher, whose own traceback would follow each message of ours, Ctrl-C's too.
+TORCHRUN := $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC))
 # uv does not read pip's settings, so a local folder of wheels is passed on.
 WHEELS = $${PIP_FIND_LINKS:-$$($(PYTHON) -m pip config get global.find-links 2>/dev/null)}
 CPU_TESTS = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline DS_ACCELERATOR=cpu
@@ -21,7 +23,7 @@ install: .venv/.ok ## make .venv and install everything into it (a minute, or mo
 train: .venv/.ok ## pretrain a small NSA model on real text; ARGS="attention=full" trains the baseline
 	@WORLD_SIZE=$(NPROC) $(BIN)/python -m nsa_train config $(ARGS) > /dev/null
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($(CORES) + $(NPROC) - 1) / $(NPROC) ))} \
-	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m nsa_train train $(ARGS)
+	$(BIN)/python $(TORCHRUN) -m nsa_train train $(ARGS)
 
 test: .venv/.ok ## all tests that need no GPU
 	$(CPU_TESTS) $(BIN)/python -m pytest -n 2 -m "not gpu"

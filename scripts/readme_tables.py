@@ -89,13 +89,13 @@ def verdicts() -> str:
         "is training faster?": "2.3B parameters, rows of 64k, one H100: "
         f"{speed['nsa'] / speed['full']:.1f} times the tokens/s",
         "is the loss as good?": f"77M parameters, 0.2B tokens, {len(full['seeds'])} seeds: {full['mean']:+.3f} nats "
-        f"against full attention (one-sided 95% bound {full['upper']:+.3f}), {gated['mean']:+.3f} "
-        f"({gated['low']:+.3f} to {gated['high']:+.3f}) against full attention with a gate",
-        "what brings it?": "of seed 0, against full attention with a gate: without one "
-        f"{apart['full']}, a gated window alone {apart['window']}, compressed blocks beside it {apart['nsa_no_slc']}, "
-        f"blocks drawn at random, too, {apart['nsa_random']}, chosen ones in their place (NSA) {apart['nsa']}",
-        "does it recall over long context?": "not at this size: of facts asked by key at 4k, in words of training and "
-        f"after a stage of recall, it finds {right['trained', 'nsa']} (copying any value, 3%), full "
+        f"against full attention ({full['low']:+.3f} to {full['high']:+.3f}; one-sided 95% bound {full['upper']:+.3f})"
+        f", {gated['mean']:+.3f} ({gated['low']:+.3f} to {gated['high']:+.3f}) against full attention with a gate",
+        "what brings it?": "loss of seed 0 above that of full attention with a gate: without one "
+        f"{apart['full']}, a gated window {apart['window']}, with compressed blocks {apart['nsa_no_slc']}, with blocks "
+        f"drawn at random as well {apart['nsa_random']}, with chosen ones instead (NSA) {apart['nsa']}",
+        "does it recall over long context?": f"not at this size: `{ANSWERS[0].removesuffix('_train')}` at 4k after a "
+        f"stage of recall, in words of training: {right['trained', 'nsa']} right (copying any value gives 3%), full "
         f"attention {right['trained', 'full']}; in held-out words {right['held out', 'nsa']} and "
         f"{right['held out', 'full']}",
     }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from math import nan
+from math import ceil, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MARKS = "os^DvPX*"  # by arm
@@ -59,7 +60,7 @@ def plot_attention(result: dict[str, Any], path: Path, widths: tuple[int, int] =
         speed.plot(best.keys(), [best[T] / ms[T] for T in best], marker="o", label=name)
     speed.axhline(1, color="gray", lw=1)
     for axes, label in ((time, "forward + backward, ms"), (speed, "times faster than the fastest dense kernel")):
-        axes.set_xscale("log", base=2)
+        _by_length(axes)
         axes.set(xlabel="tokens of one document", ylabel=label)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -68,6 +69,12 @@ def plot_attention(result: dict[str, Any], path: Path, widths: tuple[int, int] =
     figure.suptitle(f"{device}, bf16, 64 query and 4 KV heads, {widths[0]}/{widths[1]}, commit {result['commit']:.7}")
     figure.tight_layout()
     save_figure(figure, path)
+
+
+def _by_length(axes: Axes) -> None:
+    """A horizontal axis of tokens: 8k, 16k and so on."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1024:g}k")
 
 
 def plot_training(result: dict[str, Any], path: Path) -> None:
@@ -89,7 +96,7 @@ def plot_training(result: dict[str, Any], path: Path) -> None:
         speed.plot(lengths, [row["tokens_per_s"] for row in rows], **look)
         share.plot(lengths, [100 * row["mfu_executed"] for row in rows], **look)
     for axes, label in ((speed, "tokens per second"), (share, "MFU of executed FLOPs, %")):
-        axes.set_xscale("log", base=2)
+        _by_length(axes)
         axes.set(xlabel="tokens of a row", ylabel=label)
         axes.grid(alpha=0.3)
     speed.set_yscale("log")
@@ -153,7 +160,7 @@ def _shown(value: float) -> str:
 
 
 def plot_grids(grids: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
-    """Heat maps of accuracy side by side, each under its title: lengths across and depths down.
+    """Heat maps of accuracy, four in a row, each under its title: lengths across and depths down.
 
     A cell is a row with length, depth, accuracy and zone; one with a zone needs no selection and is grey.
     """
@@ -163,9 +170,13 @@ def plot_grids(grids: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> Non
     import matplotlib.pyplot as plt
 
     lengths, depths = (sorted({row[key] for rows in grids.values() for row in rows}) for key in ("length", "depth"))
-    size = (2 + len(grids) * (1 + 1.1 * len(lengths)), 2 + 0.25 * len(depths))
-    figure, axes = plt.subplots(1, len(grids), figsize=size, dpi=110, squeeze=False, layout="constrained")
-    for place, (title, rows) in zip(axes[0], grids.items(), strict=True):
+    across = min(4, len(grids))
+    down = ceil(len(grids) / across)
+    size = (2 + across * (1 + 1.1 * len(lengths)), 1 + down * (1 + 0.25 * len(depths)))
+    figure, axes = plt.subplots(down, across, figsize=size, dpi=110, squeeze=False, layout="constrained")
+    for place in axes.flat[len(grids) :]:
+        place.axis("off")
+    for place, (title, rows) in zip(axes.flat, grids.items(), strict=False):
         values = [[nan] * len(lengths) for _ in depths]
         for row in rows:
             x, y = lengths.index(row["length"]), depths.index(row["depth"])

@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
         plot_grids({f"{row['task']}: {row['arm']}": row["cells"] for row in mine}, path.with_name(figure))
     text = markdown(json.loads(path.read_text()), path.with_suffix(".png").name)
     path.with_suffix(".md").write_text(text)
-    runtime.log.info("%s\n%s", text, path.with_suffix(".md"))
+    runtime.log.info("%s\n%s", text.partition("\n## Gates")[0], path.with_suffix(".md"))
     return 0
 
 

@@ -74,7 +74,7 @@ def plot_comparison(rows: list[Row], path: Path) -> None:
         place.xaxis.set_major_locator(MaxNLocator(5))
     for run in {run["seed"]: run for run in runs}.values():
         axes[0][0].plot([], [], color="gray", ls=_of(LINES, run), marker=_of(MARKS, run), label=f"seed {run['seed']}")
-    axes[0][0].legend()
+    axes[0][0].legend(fontsize=8)
     about = f"{head['experiment']}, {head['tokens']:,} tokens, corpus {head['corpus']['hash'][:12]}"
     figure.suptitle(f"{about}: {head['reached']}")
     figure.tight_layout(rect=(0, 0, 1, 0.99))
@@ -108,9 +108,9 @@ def _differences(place: Axes, differences: list[Row], colour: dict[str, str]) ->
         errors = [(d["high"] - d["low"]) / 2 if _enough(d) else nan for d in mine]
         if mine:
             inside = None if all(map(_enough, mine)) else "white"
-            seeds = ", ".join(map(str, mine[0]["seeds"]))
+            seeds = f"seed{'s' * (len(mine[0]['seeds']) > 1)} {', '.join(map(str, mine[0]['seeds']))}"
             place.errorbar(at, [d["mean"] for d in mine], errors, color=colour[arm], mfc=inside, marker="o", capsize=3,
-                           lw=1, label=f"{arm}, seeds {seeds}")  # fmt: skip
+                           lw=1, label=f"{arm}, {seeds}")  # fmt: skip
     place.set_xticks(range(len(buckets)), [bucket.split()[1] for bucket in buckets], rotation=30)
     if differences:
         place.legend(fontsize=7)

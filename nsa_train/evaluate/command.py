@@ -241,6 +241,8 @@ def ask(
     for length in lengths:
         factor = _stretch(model, config, length, trained)
         documents = quizzes.documents(task, length, options.depths, options.samples, words)
+        count = options.samples * (1 if task == "mqar" else options.depths)
+        runtime.log.info("%s, %s tokens: asking %d documents", name, f"{length:,}", count)
         found = list(answers(model, documents, config.attention, batch_tokens))
         yield from ({"what": "cell", "task": name, **cell} for cell in cells(found, length, options.depths))
         whole = summary(found, length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from types import FrameType
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa_train import runtime
 from nsa_train.config import schema
 from nsa_train.errors import DivergedError
 
 SAME_CTRL_C_S = 2.0
+STOPPING = "this step or validation is finished, then a checkpoint written; Ctrl-C once more stops at once"
 
 
 class StopSignals:
@@ -38,6 +41,8 @@ class StopSignals:
             raise KeyboardInterrupt
         if self.received is None:
             self.received, self._first_s = signal.Signals(number).name, time.monotonic()
+            if runtime.rank() == 0:  # not by logging, whose lock the interrupted code may hold
+                os.write(2, f"{self.received}: {STOPPING}\n".encode())
         elif number == signal.SIGINT and time.monotonic() - self._first_s > SAME_CTRL_C_S:
             raise KeyboardInterrupt
 

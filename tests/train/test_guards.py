@@ -31,10 +31,12 @@ def send(number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_only_raises_a_flag(number, signals):
+def test_a_signal_only_raises_a_flag_and_says_what_comes_of_it(number, signals, capfd):
     assert signals.received is None
     send(number)
+    send(number)
     assert signals.received == number.name
+    assert capfd.readouterr().err == f"{number.name}: {guards.STOPPING}\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
