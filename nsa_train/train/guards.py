@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -42,7 +43,8 @@ class StopSignals:
         if self.received is None:
             self.received, self._first_s = signal.Signals(number).name, time.monotonic()
             if runtime.rank() == 0:  # not by logging, whose lock the interrupted code may hold
-                os.write(2, f"{self.received}: {STOPPING}\n".encode())
+                with contextlib.suppress(OSError):  # nobody reads any more, and the run is to end as asked all the same
+                    os.write(2, f"{self.received}: {STOPPING}\n".encode())
         elif number == signal.SIGINT and time.monotonic() - self._first_s > SAME_CTRL_C_S:
             raise KeyboardInterrupt
 

@@ -163,7 +163,7 @@ class _Watched:
         place, aside = self.run_dir / "summary.json", self.run_dir / ".summary.json.tmp"
         before = json.loads(place.read_text()) if place.exists() else {"steps": 0}
         logged = self.logged_last()
-        if logged.get("steps", 0) > before["steps"]:  # else an earlier launch came further than it logged
+        if logged.get("steps", 0) > before.get("steps", 0):  # else an earlier launch came further than it logged
             before |= logged
         aside.write_text(json.dumps({**before, "status": "failed", "exit_code": code}, indent=1) + "\n")
         os.replace(aside, place)

@@ -39,6 +39,16 @@ def test_a_signal_only_raises_a_flag_and_says_what_comes_of_it(number, signals, 
     assert capfd.readouterr().err == f"{number.name}: {guards.STOPPING}\n"
 
 
+def test_a_signal_is_taken_where_nobody_reads_what_it_says(signals, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    write = os.write
+    monkeypatch.setattr(guards.os, "write", lambda file, text: write(writer, text))
+    send(signal.SIGTERM)
+    os.close(writer)
+    assert signals.received == "SIGTERM"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_before_training_the_first_signal_stops_at_once(number, signals):
     signals.training = False
