@@ -111,7 +111,7 @@ def make_folder(folder: Path) -> None:
 def write_result(
     name: str, kind: str, rows: list[dict[str, Any]], commit: str | None = None, folder: Path = RESULTS
 ) -> Path:
-    """<folder>/<name>.json; `commit` names the source where the checkout does not, as in a copy of it.
+    """<folder>/<name>.json, a row a line; `commit` names the source where the checkout does not, as in a copy of it.
 
     Raises NsaTrainError where `folder` is a file.
     """
@@ -122,8 +122,9 @@ def write_result(
         "date": datetime.date.today().isoformat(),
         "device": device_facts(),
         "versions": runtime.versions(),
-        "rows": rows,
     }
+    lines = ",\n  ".join(json.dumps(row, separators=(",", ":")) for row in rows)
+    text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "rows": [\n  {lines}\n ]\n}}\n'
     make_folder(folder)
-    runtime.write_whole(path, (json.dumps(head, indent=1) + "\n").encode())
+    runtime.write_whole(path, text.encode())
     return path
